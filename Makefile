@@ -1,0 +1,41 @@
+# make demo | test | lint | bench | soak: each makes .venv when it is missing or older than what it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# pip 25.1 is the first that knows --group.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench soak clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/scheduling.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/hops.py
+	$(BIN)/python benchmarks/overhead.py
+
+# The property tests and the fault tests again, with far more examples.
+soak: $(READY)
+	$(BIN)/python -m pytest --hypothesis-profile=soak --timeout=3600 tests
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(PIP) torch
+	$(PIP) --group dev
+	$(PIP) --editable ".[lightning]"
+	touch $@

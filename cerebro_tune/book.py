@@ -1,0 +1,136 @@
+"""What a run writes down of each trial: its reports, its visits, its best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cerebro_tune.instructions import ReportUnit
+from cerebro_tune.results import TrialResult
+from cerebro_tune.units import Status, Trial, Unit
+from cerebro_tune.workers.messages import Export, Finished
+from cerebro_tune.workers.runner import improves
+
+
+@dataclass
+class TrialPage:
+    """One trial's entry."""
+
+    trial: Trial
+    config: Mapping[str, Any]
+    """As the user gave it."""
+    shipped: bytes
+    """What of it the model takes, cloudpickled."""
+    batch_size: int
+    trained_under: bytes | None = None
+    """The shipped config that the committed state was trained under, while it differs from `shipped`."""
+    visits: list[tuple[int, int, str]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    latest: Finished | None = None
+    """The last unit committed, of which the report may still be due."""
+    best: dict[str, Any] | None = None
+    checkpoint: Path | None = None
+    last_checkpoint: Path | None = None
+    error: str | None = None
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last report; empty before the first."""
+        return self.history[-1] if self.history else {}
+
+    def committed(self, finished: Finished) -> None:
+        """Note a unit whose state is committed."""
+        self.latest = finished
+        self.trained_under = None
+        self.visits.append((finished.unit.epoch, finished.unit.shard, str(finished.worker)))
+
+    def report(self, due: ReportUnit, shards: int) -> dict[str, Any]:
+        """Write down the report that is due, and return it."""
+        assert self.latest is not None, "a report without a unit"
+        finished, spans = self.latest, self.latest.spans
+        report = dict(finished.metrics) | {
+            "training_iteration": len(self.history) + 1,
+            "epoch": due.units_done / shards,
+            "units": due.units_done,
+            "unit_time_s": spans.compute_s,
+            "hop_time_s": spans.hop_s,
+            "validation_time_s": spans.validation_s,
+            "shard": due.unit.shard,
+            "worker": str(finished.worker),
+        }
+        self.history.append(report)
+        return report
+
+
+class TrialBook:
+    """The pages of all trials, and the rule of what counts as best.
+
+    Reports on the whole validation set compete (those at an epoch's end); without a validation set all of them do.
+    """
+
+    def __init__(self, metric: str | None, mode: str, run_dir: Path, suffix: str, keep: str, validated: bool) -> None:
+        self.metric, self.mode, self.keep = metric, mode, keep
+        self._run_dir, self._suffix, self._validated = run_dir, suffix, validated
+        self._pages: dict[str, TrialPage] = {}
+
+    def __getitem__(self, trial: str) -> TrialPage:
+        return self._pages[trial]
+
+    def __iter__(self) -> Iterator[TrialPage]:
+        return iter(self._pages.values())
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def add(self, page: TrialPage) -> None:
+        """Open a page."""
+        self._pages[page.trial.id] = page
+
+    def competes(self, epoch_done: bool) -> bool:
+        """Whether a report made here may be a trial's best."""
+        return epoch_done or not self._validated
+
+    def path(self, page: TrialPage, name: str) -> Path:
+        """Where a checkpoint of the trial lies: name is `best` or `last`."""
+        return self._run_dir / page.trial.id / f"{name}{self._suffix}"
+
+    def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:
+        """What the worker is to write after this unit, if anything."""
+        page = self._pages[unit.trial]
+        best = self.path(page, "best") if self.keep == "best" and self.competes(epoch_done) else None
+        final = self.path(page, "last") if self.keep != "none" and last else None
+        if best is None and final is None:
+            return None
+        so_far = page.best[self.metric] if page.best is not None and self.metric is not None else None
+        return Export(best, self.metric, self.mode, so_far, final)
+
+    def note(self, page: TrialPage, report: dict[str, Any], due: ReportUnit) -> None:
+        """Rank a new report, and note the checkpoints that its unit wrote."""
+        assert page.latest is not None, "a report without a unit"
+        if self.competes(due.epoch_done):
+            so_far = page.best[self.metric] if page.best is not None and self.metric is not None else None
+            if improves(self.metric, self.mode, report, so_far):
+                page.best = report
+        if page.latest.best_written:
+            page.checkpoint = self.path(page, "best")
+        if due.last and self.keep != "none":
+            page.last_checkpoint = self.path(page, "best" if page.latest.best_written else "last")
+
+    def result(self, page: TrialPage, status: Status, cut_short: bool) -> TrialResult:
+        """The trial's result as things stand; of a run that was cut short, what had not ended counts as stopped."""
+        ended = status in (Status.FINISHED, Status.STOPPED, Status.FAILED, Status.PAUSED)
+        assert ended or cut_short, f"{page.trial.id} is {status.value}: no result yet"
+        return TrialResult(
+            trial_id=page.trial.id,
+            config=page.config,
+            status=status.value if ended else Status.STOPPED.value,
+            metrics=page.best if page.best is not None else page.last,
+            last_metrics=page.last,
+            history=tuple(page.history),
+            visits=tuple(page.visits),
+            checkpoint=page.checkpoint if page.checkpoint is not None else page.last_checkpoint,
+            last_checkpoint=page.last_checkpoint,
+            error=page.error,
+        )

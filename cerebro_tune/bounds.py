@@ -1,0 +1,24 @@
+"""How short a run could possibly be, from the durations of its units."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from cerebro_tune.units import WorkerId
+
+
+def makespan_bound(units: Iterable[tuple[str, WorkerId, float]], workers: int, *, pinned: bool) -> float:
+    """Return max(busiest worker, longest trial), in the unit of the durations.
+
+    `units` are (trial, worker, duration). With one holder per shard (`pinned`) each worker has to do what it did; where
+    any worker may do anything the busiest one has at least its share of all the work. A trial's units never overlap.
+    Source: the lower bound of nonpreemptive open shop, Cerebro (PVLDB 13(11), 2020), section 5.
+    """
+    of_trial: dict[str, float] = defaultdict(float)
+    of_worker: dict[WorkerId, float] = defaultdict(float)
+    for trial, worker, duration in units:
+        of_trial[trial] += duration
+        of_worker[worker] += duration
+    busiest = max(of_worker.values(), default=0.0) if pinned else sum(of_worker.values()) / workers
+    return max(busiest, *of_trial.values(), 0.0)

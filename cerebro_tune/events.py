@@ -1,0 +1,74 @@
+"""Facts, in the past tense, that the state machine is told: `Hopper.apply` takes one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from cerebro_tune.units import Decision, Trial, Unit, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class TrialAdded:
+    """The tuner asked for a new trial, which starts from nothing."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True, slots=True)
+class TrialCloned:
+    """The tuner asked for a new trial that goes on from what the trial `source` last committed."""
+
+    trial: Trial
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    """A worker that holds the shards with these indices is there and idle; it may be one that was lost."""
+
+    worker: WorkerId
+    shards: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker is gone, and whatever it was running with it."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFinished:
+    """A worker trained one unit of its job to the end, in `elapsed_s` seconds."""
+
+    job: int
+    unit: Unit
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFailed:
+    """The user's own code raised in a unit; running it again would only raise again."""
+
+    job: int
+    unit: Unit
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrialDecided:
+    """The tuner answered a report, or spoke of a trial out of turn."""
+
+    trial: str
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class SearchEnded:
+    """The tuner has no more trials to add; one added later all the same is welcome."""
+
+
+Event: TypeAlias = (
+    TrialAdded | TrialCloned | WorkerJoined | WorkerLost | UnitFinished | UnitFailed | TrialDecided | SearchEnded
+)

@@ -1,0 +1,340 @@
+"""`Cerebro`: the executor that a user makes once, and runs many searches on."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from cerebro_tune.budget import state_budget
+from cerebro_tune.data import BatchForm, ShardedDataset
+from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.progress import make_progress
+from cerebro_tune.results import Results, TrialResult
+from cerebro_tune.run import Report, Run, RunSettings, Tuner, ship
+from cerebro_tune.store import BufferRef, StateStore
+from cerebro_tune.trainable import Config, Recipe, as_recipe
+from cerebro_tune.units import Decision
+from cerebro_tune.workers.base import Workers, make_workers
+from cerebro_tune.workers.messages import RunSpec
+
+_LOADER_KEYS = ("columns", "as_dict", "transform", "collate_fn", "last_batch")
+
+
+class Cerebro:
+    """Trains many trials side by side on few workers by model hopper parallelism.
+
+    Args:
+        train: The training set: a `ShardedDataset` or the path of one.
+        validation: The validation set, likewise; without one no metrics of validation are reported.
+        epochs: Passes over the training set; a config's own `epochs` wins.
+        batch_size: Rows per optimizer batch; a config's own `batch_size` wins.
+        loader: How batches are made: `columns`, `as_dict`, `transform`, `collate_fn`, and
+            `last_batch` ("spread": near-equal batches; "keep": a short last one; "drop").
+        workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU.
+        devices: "auto", or torch devices: "cpu", "cuda", ["cuda:0", "cuda:1"].
+        backend: "local" (a process per worker) or "inline" (this process: for debugging).
+        placement: "shared": every worker holds every shard; "pinned": shard i belongs to worker i mod n, so that every
+            unit hops; "auto": shared, since all workers of a machine map the same files.
+        live_trials: How many trials train side by side; None is twice the workers.
+        policy: "auto", "random" (the paper's) or "fixed" (the run repeats exactly).
+        report_every: "unit" or "epoch".
+        validation_rows: Rows measured after a unit in mid-epoch: "auto", "all" or a number. An epoch's end has them all.
+        keep: "best" (each trial's best and last checkpoint), "last" or "none".
+        state_memory: Memory for the states of trials: "50%" of what there is, "8GB", or bytes.
+        max_failures: How many workers may die in a trial's own units before it counts as failed.
+        run_dir: Where runs write, each into its own folder; None for `runs/`.
+        seed: Of everything random in a run.
+        progress: None for what suits the terminal, notebook or pipe; False for silence.
+        trace: Write `trace.json`, in the Chrome trace event format, into the run's folder.
+
+    Use it as a context manager, or let `fit` start the workers and `close` end them. One run at a time.
+    """
+
+    def __init__(
+        self,
+        train: str | os.PathLike[str] | ShardedDataset,
+        validation: str | os.PathLike[str] | ShardedDataset | None = None,
+        *,
+        epochs: int = 1,
+        batch_size: int = 32,
+        loader: Mapping[str, Any] | None = None,
+        workers: int | None = None,
+        devices: str | Sequence[str] = "auto",
+        workers_per_device: int = 1,
+        backend: str = "local",
+        placement: str = "auto",
+        live_trials: int | None = None,
+        policy: str = "auto",
+        report_every: str = "unit",
+        validation_rows: int | str = "auto",
+        keep: str = "best",
+        state_memory: str | int = "50%",
+        max_failures: int = 2,
+        run_dir: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        trace: bool = False,
+    ) -> None:
+        self.train = _dataset("train", train)
+        self.validation = None if validation is None else _dataset("validation", validation)
+        self.form, self.last_batch = _batch_form(loader or {}, self.train)
+        for dataset in (self.train, self.validation):
+            if dataset is not None:
+                self.form.validate(dataset.schema)
+        self.epochs, self.batch_size = _at_least(1, epochs=epochs), _at_least(1, batch_size=batch_size)
+        self.devices = _devices(workers, devices, _at_least(1, workers_per_device=workers_per_device))
+        self.backend = backend
+        self.placement = "shared" if placement == "auto" else placement
+        _one_of(placement=placement, valid=("auto", "shared", "pinned"))
+        if self.placement == "pinned" and len(self.devices) > self.train.num_shards:
+            raise ConfigurationError(
+                f"{self.train.num_shards} shards cannot be pinned to {len(self.devices)} workers: each needs at least one. "
+                f"Write the set with num_shards >= {len(self.devices)}, or use placement='shared'."
+            )
+        self.live_trials = 2 * len(self.devices) if live_trials is None else _at_least(1, live_trials=live_trials)
+        self.policy = _one_of(policy=policy, valid=("auto", "random", "fixed"))
+        self.report_every = _one_of(report_every=report_every, valid=("unit", "epoch"))
+        self.validation_rows = self._subset_rows(validation_rows)
+        self.keep = _one_of(keep=keep, valid=("best", "last", "none"))
+        self.state_memory_bytes = state_budget(state_memory)
+        self.max_failures = _at_least(0, max_failures=max_failures)
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.seed, self.trace = seed, trace
+        self._progress = progress
+        self._threads = max(1, len(_cores()) // len(self.devices))
+        self._workers: Workers | None = None
+        self._current: Run | None = None
+
+    def units(self, epochs: float) -> int:
+        """Epochs in units: what a tuner calls `max_t` or `grace_period` when every unit is reported."""
+        return round(epochs * self.train.num_shards)
+
+    def fit(
+        self, trainable: Any, configs: Iterable[Config] | None = None, *, metric: str | None = None, mode: str = "min"
+    ) -> Results:
+        """Train every config to its end; Ctrl-C returns the results so far.
+
+        A unit that raises fails its trial, with the traceback in `TrialResult.error`; the others go on.
+        """
+        listed = [{}] if configs is None else [dict(config) for config in configs]
+        if not listed:
+            raise ConfigurationError("configs is empty: there is nothing to train. Without hyperparameters leave it out.")
+        run = self.run(trainable, _TrainAll(), metric=metric, mode=mode)
+        try:
+            for config in listed:
+                run.add(config)
+            run.end_search()
+        except BaseException:
+            self._end(run)
+            raise
+        with _interruptible(run):
+            results = self.drive(run)
+        if self._progress is not False:
+            hint = f" ({results.shares.hint})" if results.shares.hint else ""
+            print(f"{results.shares}{hint}")
+        return results
+
+    def run(self, trainable: Any, tuner: Tuner, *, metric: str | None = None, mode: str = "min") -> Run:
+        """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it."""
+        if self._current is not None:
+            raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")
+        _one_of(mode=mode, valid=("min", "max"))
+        recipe = as_recipe(trainable)
+        settings = self._settings(recipe, metric, mode)
+        self.start()
+        assert self._workers is not None, "started"
+        store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
+        self._current = Run(self._workers, store, recipe, settings, tuner, make_progress(self._progress))
+        return self._current
+
+    def drive(self, run: Run) -> Results:
+        """Run to the end, on this thread."""
+        try:
+            return run.drive()
+        finally:
+            self._end(run)
+
+    def start(self) -> None:
+        """Start the workers, unless they are up."""
+        if self._workers is None:
+            self._workers = make_workers(self.backend, self.devices, self._threads)
+            self._workers.start(self._grow)
+            atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the workers and leave no process, thread, descriptor or shared memory behind."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+            atexit.unregister(self.close)
+
+    def __enter__(self) -> Cerebro:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _end(self, run: Run) -> None:
+        run.close()
+        self._current = None
+
+    def _grow(self, trial: str, nbytes: int) -> BufferRef:
+        assert self._current is not None, "a worker runs a unit, and there is no run"
+        return self._current.grow(trial, nbytes)
+
+    def _settings(self, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
+        spec = RunSpec(
+            recipe=ship(recipe, f"{recipe.name}"),
+            form=ship(self.form, "The loader's transform or collate_fn"),
+            train=str(self.train.path.absolute()),
+            validation=None if self.validation is None else str(self.validation.path.absolute()),
+            validation_rows=self.validation_rows,
+            report_every=self.report_every,
+            last_batch=self.last_batch,
+            seed=self.seed,
+            shard_rows=tuple(self.train.rows(shard) for shard in range(self.train.num_shards)),
+        )
+        return RunSettings(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            policy=self.policy,
+            live_trials=self.live_trials,
+            max_failures=self.max_failures,
+            pinned=self.placement == "pinned",
+            keep=self.keep,
+            metric=metric,
+            mode=mode,
+            trace=self.trace,
+            spec=spec,
+            run_dir=_new_folder(self.run_dir, recipe.name),
+        )
+
+    def _subset_rows(self, wanted: int | str) -> int | None:
+        if self.validation is None:
+            return None
+        everything = self.validation.num_rows
+        if wanted == "auto":
+            return min(everything, max(256, self.train.rows(0) // 8))
+        if wanted == "all":
+            return everything
+        if isinstance(wanted, str):
+            raise ConfigurationError(f'validation_rows is {wanted!r}; valid: "auto", "all" or a number of rows.')
+        return min(everything, _at_least(1, validation_rows=wanted))
+
+
+class _TrainAll:
+    """The tuner of `fit`: everything goes on to its end."""
+
+    def on_report(self, trial_id: str, report: Report) -> Decision:
+        return Decision.CONTINUE
+
+    def on_end(self, result: TrialResult) -> None:
+        return
+
+
+@contextmanager
+def _interruptible(run: Run) -> Iterator[None]:
+    """Let the first Ctrl-C end the run with its results, and a second one interrupt as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        run.interrupt()
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _dataset(name: str, given: Any) -> ShardedDataset:
+    if isinstance(given, ShardedDataset):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return ShardedDataset.open(given)
+    raise ConfigurationError(
+        f"{name} is a {type(given).__name__}; valid: a ShardedDataset, or the path of one. "
+        "Write one with ShardedDataset.write(source, path, num_shards=8)."
+    )
+
+
+def _batch_form(loader: Mapping[str, Any], train: ShardedDataset) -> tuple[BatchForm, str]:
+    unknown = sorted(loader.keys() - set(_LOADER_KEYS))
+    if unknown:
+        raise ConfigurationError(f"loader has {', '.join(unknown)}; valid: {', '.join(_LOADER_KEYS)}.")
+    options = dict(loader)
+    last_batch = _one_of(last_batch=options.pop("last_batch", "spread"), valid=("spread", "keep", "drop"))
+    options["columns"] = tuple(options.get("columns") or train.columns)
+    return BatchForm(**options), last_batch
+
+
+def _devices(workers: int | None, devices: str | Sequence[str], per_device: int) -> tuple[str, ...]:
+    """The device of each worker."""
+    if isinstance(devices, str):
+        kinds = [devices]
+        if devices in ("auto", "cuda"):
+            import torch
+
+            kinds = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+            if not kinds and devices == "cuda":
+                raise ConfigurationError('devices is "cuda", but torch sees no CUDA device; use "auto" or "cpu".')
+    else:
+        kinds = list(devices)
+    if not kinds or kinds == ["cpu"]:
+        return ("cpu",) * (len(_cores()) if workers is None else _at_least(1, workers=workers))
+    seats = kinds * per_device
+    if workers is None:
+        return tuple(seats)
+    return tuple(seats[number % len(seats)] for number in range(_at_least(1, workers=workers)))
+
+
+def _cores() -> list[int]:
+    """The cores this process may use; hyperthreads beyond the physical cores do not count."""
+    allowed = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+    usable = allowed or list(range(os.cpu_count() or 1))
+    return usable[: psutil.cpu_count(logical=False) or len(usable)]
+
+
+def _new_folder(base: Path | None, name: str) -> Path:
+    """A new folder for a run: under `base` numbered, otherwise `runs/<time>-<name>`."""
+    stem = "run" if base is None else None
+    parent = Path("runs") if base is None else base
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{name}" if stem else "run"
+    number = 0
+    while True:
+        folder = parent / (stamp if stem and not number else f"{stamp}-{number:04d}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder.absolute()
+
+
+def _at_least(least: int, **named: Any) -> int:
+    ((name, value),) = named.items()
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigurationError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+    return value
+
+
+def _one_of(valid: Sequence[str], **named: Any) -> str:
+    ((name, value),) = named.items()
+    if value not in valid:
+        raise ConfigurationError(f"{name} is {value!r}; valid: {', '.join(map(repr, valid))}.")
+    return str(value)

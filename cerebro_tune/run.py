@@ -1,0 +1,529 @@
+"""One run: events from the workers into the state machine, its instructions back out, and the tuner in between.
+
+Whoever calls `drive` runs the loop; there is no thread of the executor's own. Everything else may be called from any
+thread: a command is carried out by the loop between two events, and its caller gets its answer, or its error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import cloudpickle
+
+from cerebro_tune import state
+from cerebro_tune.book import TrialBook, TrialPage
+from cerebro_tune.errors import (
+    CerebroError,
+    ConfigurationError,
+    NotPicklableError,
+    StateMemoryError,
+    UnknownMetricError,
+    WorkerError,
+)
+from cerebro_tune.events import (
+    SearchEnded,
+    TrialAdded,
+    TrialCloned,
+    TrialDecided,
+    UnitFailed,
+    UnitFinished,
+    WorkerJoined,
+    WorkerLost,
+)
+from cerebro_tune.hopper import Hopper
+from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
+from cerebro_tune.progress import Progress, Snapshot, TrialRow
+from cerebro_tune.results import Results, TrialResult
+from cerebro_tune.store import BufferRef, Mapped, StateStore
+from cerebro_tune.timeline import Timeline
+from cerebro_tune.trainable import Config, Recipe
+from cerebro_tune.units import Decision, Shard, Status, Trial, Unit, WorkerId
+from cerebro_tune.workers.base import Workers
+from cerebro_tune.workers.messages import (
+    Finished,
+    Forget,
+    Lost,
+    Message,
+    Output,
+    Raised,
+    Ready,
+    Rest,
+    RunSpec,
+    Setup,
+    Task,
+)
+
+ENDED = (Status.FINISHED, Status.STOPPED, Status.FAILED)
+T = TypeVar("T")
+Report = Mapping[str, Any]
+
+_FUTILE_STARTS = 3
+"""A worker that dies this often in a row before it is ready will not come up at all."""
+
+
+class Tuner(Protocol):
+    """Who decides. Called on the loop's thread; may call the run's commands from there."""
+
+    def on_report(self, trial_id: str, report: Report) -> Decision | None:
+        """Answer a report, or None and answer later, from any thread, with `Run.decide`."""
+
+    def on_end(self, result: TrialResult) -> None:
+        """A trial has ended; its checkpoints are written."""
+
+
+def ship(what: Any, name: str) -> bytes:
+    """Cloudpickle what is to travel to the workers; `name` begins the sentence of the error."""
+    try:
+        return cloudpickle.dumps(what)
+    except Exception as error:  # pickling runs code of the object's own, which may raise anything
+        raise NotPicklableError(
+            f"{name} cannot be sent to the workers: {type(error).__name__}: {error}. Make what it refers to "
+            'inside the trainable instead (open files, locks and connections cannot travel), or use backend="inline".'
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """What a run is made with."""
+
+    epochs: int
+    batch_size: int
+    policy: str
+    live_trials: int | None
+    max_failures: int
+    pinned: bool
+    keep: str
+    metric: str | None
+    mode: str
+    trace: bool
+    spec: RunSpec
+    run_dir: Path
+
+
+class Run:
+    """Trials on workers, from the first unit to the results."""
+
+    def __init__(
+        self, workers: Workers, store: StateStore, recipe: Recipe, settings: RunSettings, tuner: Tuner, progress: Progress
+    ) -> None:
+        self.settings = settings
+        self._workers, self._store, self._recipe = workers, store, recipe
+        self._tuner, self._progress = tuner, progress
+        spec = settings.spec
+        self._hopper = Hopper(
+            [Shard(index, rows) for index, rows in enumerate(spec.shard_rows)],
+            policy=settings.policy,
+            live_trials=settings.live_trials,
+            report_every=spec.report_every,
+            max_failures=settings.max_failures,
+            seed=spec.seed,
+        )
+        self._book = TrialBook(
+            settings.metric, settings.mode, settings.run_dir, recipe.suffix, settings.keep, spec.validation is not None
+        )
+        self._timeline = Timeline(workers.ids, settings.trace)
+        self._exporter = ThreadPoolExecutor(1, thread_name_prefix="cerebro-export")
+        self._exporting = 0
+        self._forgotten: dict[WorkerId, tuple[list[str], list[int]]] = {worker: ([], []) for worker in workers.ids}
+        self._running: dict[WorkerId, Unit] = {}
+        self._futile_starts: dict[WorkerId, int] = dict.fromkeys(workers.ids, 0)
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._search_ended = self._interrupted = self._closed = False
+        self._fatal: Exception | None = None
+
+    # Commands: from any thread.
+
+    def add(self, config: Config) -> str:
+        """Add a trial; ConfigurationError for a config that cannot be trained. Returns its id."""
+        return self._command(lambda: self._add(config, None))
+
+    def clone(self, trial_id: str, config: Config | None = None) -> str:
+        """Add a trial that goes on from another's last committed unit, with a changed config if given."""
+        return self._command(lambda: self._add(config, trial_id))
+
+    def decide(self, trial_id: str, decision: Decision) -> None:
+        """Answer a report; or, out of turn, pause, resume (CONTINUE) or stop a trial."""
+        self._command(lambda: self._decide(trial_id, decision))
+
+    def pause(self, trial_id: str) -> None:
+        """Let the trial stand after the unit it runs."""
+        self.decide(trial_id, Decision.PAUSE)
+
+    def resume(self, trial_id: str) -> None:
+        """Let a paused trial go on as soon as there is room among the live ones."""
+        self.decide(trial_id, Decision.CONTINUE)
+
+    def stop(self, trial_id: str) -> None:
+        """End the trial after the unit it runs."""
+        self.decide(trial_id, Decision.STOP)
+
+    def end_search(self) -> None:
+        """No more trials will come: `drive` returns when those that were added have ended or stand paused."""
+        self._command(self._end_search)
+
+    def status(self, trial_id: str) -> str:
+        """The trial's status now."""
+        return self._command(lambda: self._hopper.status(trial_id).value)
+
+    def interrupt(self) -> None:
+        """Give up at once, with the results so far; safe in a signal handler."""
+        self._interrupted = True
+        self._workers.wake()
+
+    # The loop.
+
+    def drive(self) -> Results:
+        """Run until the search has ended and every trial with it; raise what makes the run impossible."""
+        with self._lock:
+            self._thread = threading.current_thread()
+        self._progress.start(self.snapshot)
+        try:
+            self._set_up_workers()
+            self._obey_commands()
+            while not self._over():
+                for start in self._hopper.dispatch():
+                    self._start(start)
+                self._progress.update()
+                for message in self._workers.wait():
+                    self._hear(message)
+                    self._raise_if(self._fatal)
+                self._obey_commands()
+            self._export_unended()
+        finally:
+            self.close()
+        return self.results()
+
+    def results(self) -> Results:
+        """The results so far."""
+        results = [self._book.result(page, self._hopper.status(page.trial.id), cut_short=True) for page in self._book]
+        return Results(results, self.settings.metric, self.settings.mode, self.settings.run_dir, self._timeline.shares)
+
+    def snapshot(self) -> Snapshot:
+        """What a display shows."""
+        rows = []
+        left = 0
+        for page in self._book:
+            _, done, total = self._hopper.progress(page.trial.id)
+            status = self._hopper.status(page.trial.id)
+            left += 0 if status in ENDED else total - done
+            rows.append(TrialRow(page.trial.id, status.value, done / total, page.last or {}))
+        running = {worker: self._running.get(worker) for worker in self._workers.ids}
+        shown = tuple((str(worker), f"{unit.trial} shard {unit.shard}" if unit else "idle") for worker, unit in running.items())
+        eta = self._timeline.mean_unit_s * left / len(self._workers.ids) if self._timeline.units else None
+        shares = self._timeline.shares
+        return Snapshot(tuple(rows), shown, self.settings.metric, self.settings.mode, shares.idle, eta)
+
+    def _over(self) -> bool:
+        return self._interrupted or (
+            self._search_ended and self._hopper.settled and not self._exporting and not self._commands
+        )
+
+    def _set_up_workers(self) -> None:
+        """Every worker opens and checks its data before any of them trains; they join in order, so that runs repeat."""
+        waiting = set(self._workers.ids)
+        for worker in self._workers.ids:
+            self._set_up(worker, check=True)
+        while waiting and not self._interrupted:
+            for message in self._workers.wait():
+                match message:
+                    case Ready():
+                        self._raise_if(message.error)
+                        waiting.discard(message.worker)
+                    case Lost():
+                        self._restart(message)
+                        self._set_up(message.worker, check=True)
+                    case Output():
+                        self._print(message)
+        for worker in self._workers.ids:
+            self._hopper.apply(WorkerJoined(worker, self._holdings(worker)))
+
+    def _set_up(self, worker: WorkerId, check: bool) -> None:
+        """Tell a worker of the run. Each shard is checked once on this machine, by one of the workers."""
+        shards = range(worker.number, len(self.settings.spec.shard_rows), len(self._workers.ids))
+        self._workers.send(worker, Setup(self.settings.spec, tuple(shards) if check else (), check and worker.number == 0))
+
+    def _holdings(self, worker: WorkerId) -> frozenset[int]:
+        shards = len(self.settings.spec.shard_rows)
+        first, step = (worker.number, len(self._workers.ids)) if self.settings.pinned else (0, 1)
+        return frozenset(range(first, shards, step))
+
+    # Workers to state machine.
+
+    def _hear(self, message: Message) -> None:
+        match message:
+            case Finished() if self._hopper.job_of(message.worker) == message.job:
+                self._finished(message)
+            case Raised() if self._hopper.job_of(message.worker) == message.job:
+                self._raised(message)
+            case Output():
+                self._print(message)
+            case Ready():
+                self._raise_if(message.error)
+                self._futile_starts[message.worker] = 0
+                self._obey(self._hopper.apply(WorkerJoined(message.worker, self._holdings(message.worker))))
+            case Lost():
+                self._lost(message)
+
+    def _finished(self, message: Finished) -> None:
+        unit = message.unit
+        self._running.pop(message.worker, None)
+        self._store.commit(unit.trial, message.used, message.digest)
+        self._timeline.add(message)
+        self._book[unit.trial].committed(message)
+        elapsed_s = message.spans.ended - message.spans.began
+        self._obey(self._hopper.apply(UnitFinished(message.job, unit, elapsed_s)))
+
+    def _raised(self, message: Raised) -> None:
+        unit = message.unit
+        self._running.pop(message.worker, None)
+        self._book[unit.trial].error = message.error
+        reason = message.error.strip().rpartition("\n")[2]
+        self._progress.say(f"{unit.trial} failed in epoch {unit.epoch}, shard {unit.shard}: {reason}", "stderr")
+        self._obey(self._hopper.apply(UnitFailed(message.job, unit, reason)))
+
+    def _lost(self, message: Lost) -> None:
+        unit = self._running.pop(message.worker, None)
+        self._forgotten[message.worker] = ([], [])
+        if unit is not None:
+            self._store.abandon(unit.trial)
+            # Kept only if this death is one too many.
+            self._book[unit.trial].error = (
+                f"{message.worker} was lost while it ran epoch {unit.epoch}, shard {unit.shard}: {message.reason}. "
+                f"That happened to this trial more than max_failures={self.settings.max_failures} times."
+            )
+        self._obey(self._hopper.apply(WorkerLost(message.worker)))
+        what = ""
+        if unit is not None and self._hopper.status(unit.trial) is not Status.FAILED:
+            self._book[unit.trial].error = None
+            what = f"; {unit.trial} is to run epoch {unit.epoch}, shard {unit.shard} again"
+        self._progress.say(f"{message.worker} is lost: {message.reason}{what}", "stderr")
+        self._restart(message)
+        self._set_up(message.worker, check=False)
+
+    def _restart(self, lost: Lost) -> None:
+        self._futile_starts[lost.worker] += 1
+        if self._futile_starts[lost.worker] > _FUTILE_STARTS:
+            raise WorkerError(f"{lost.worker} does not come up: {lost.reason}, {_FUTILE_STARTS} times in a row.")
+        self._workers.restart(lost.worker)
+
+    def _print(self, output: Output) -> None:
+        for line in output.text.splitlines():
+            self._progress.say(f"[{output.trial or output.worker}] {line}", output.stream)
+
+    @staticmethod
+    def _raise_if(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    # State machine to workers and tuner.
+
+    def _obey(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case ReportUnit():
+                    self._report(instruction)
+                case DropState():
+                    self._end(instruction.trial, instruction.status)
+
+    def _start(self, start: StartJob) -> None:
+        tasks = [self._task(start.job, unit) for unit in start.units]
+        self._forget((), self._store.freed())
+        trials, buffers = self._forgotten[start.worker]
+        if trials or buffers:  # said only to an idle worker: it reads, so that the send cannot block
+            self._workers.send(start.worker, Forget(tuple(trials), tuple(buffers)))
+            self._forgotten[start.worker] = ([], [])
+        for task in tasks:
+            self._running[start.worker] = task.unit
+            self._workers.send(start.worker, task)
+
+    def _forget(self, trials: tuple[str, ...], buffers: tuple[int, ...]) -> None:
+        """Note what each worker is to let go of before its next unit."""
+        for ended, freed in self._forgotten.values():
+            ended.extend(trials)
+            freed.extend(buffers)
+
+    def _task(self, job: int, unit: Unit) -> Task:
+        page = self._book[unit.trial]
+        shards = len(self.settings.spec.shard_rows)
+        _, done, total = self._hopper.progress(unit.trial)
+        position = done % shards
+        epoch_done = position == shards - 1
+        committed, committed_bytes, working = self._store.buffers(unit.trial)
+        return Task(
+            job=job,
+            unit=unit,
+            trial_index=page.trial.index,
+            config=page.shipped,
+            epochs=page.trial.epochs,
+            batch_size=page.batch_size,
+            position=position,
+            last=epoch_done,
+            committed=committed,
+            committed_bytes=committed_bytes,
+            working=working,
+            trained_under=page.trained_under,
+            export=self._book.export(unit, epoch_done, done + 1 == total),
+        )
+
+    def grow(self, trial: str, nbytes: int) -> BufferRef:
+        """A working buffer for the unit that a worker runs; called inside `Workers.wait`."""
+        try:
+            return self._store.grow(trial, nbytes)
+        except StateMemoryError as error:
+            self._fatal = error
+            raise
+
+    def _report(self, due: ReportUnit) -> None:
+        trial_id = due.unit.trial
+        page = self._book[trial_id]
+        report = page.report(due, len(self.settings.spec.shard_rows))
+        metric = self.settings.metric
+        if metric is not None and metric not in report:
+            names = ", ".join(sorted(page.latest.metrics)) if page.latest else ""
+            raise UnknownMetricError(f"No report has a metric {metric!r}; this one, of {trial_id}, has {names}.")
+        self._book.note(page, report, due)
+        if due.epoch_done:
+            self._progress.reported(trial_id, report)
+        decision = self._tuner.on_report(trial_id, report)
+        if decision is not None:
+            self._obey_commands()  # what the tuner added while it decided comes before its decision
+            self._decide(trial_id, decision)
+
+    def _end(self, trial: str, status: Status) -> None:
+        """Export the state of a trial that was stopped, then let go of it."""
+        if status is Status.STOPPED and self._exports(trial):
+            self._exporting += 1
+            exporting = self._exporter.submit(self._export_last, trial, self._store.mapped(trial))
+            exporting.add_done_callback(lambda done: self._post(partial(self._exported, trial, done)))
+        else:
+            self._release(trial)
+
+    def _exports(self, trial: str) -> bool:
+        """Whether the trial's last state is to be written, and is not."""
+        committed, _, _ = self._store.buffers(trial)
+        return self.settings.keep != "none" and committed is not None and self._book[trial].last_checkpoint is None
+
+    def _export_last(self, trial: str, buffer: Mapped) -> None:
+        path = self._book.path(self._book[trial], "last")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._recipe.export(state.read(buffer), path)
+
+    def _exported(self, trial: str, done: Future[None]) -> None:
+        self._exporting -= 1
+        if error := done.exception():
+            self._progress.say(f"{trial}: its last checkpoint could not be written: {error}", "stderr")
+        else:
+            page = self._book[trial]
+            page.last_checkpoint = self._book.path(page, "last")
+        self._release(trial)
+
+    def _release(self, trial: str) -> None:
+        self._forget((trial,), self._store.drop(trial))
+        page = self._book[trial]
+        self._tuner.on_end(self._book.result(page, self._hopper.status(trial), cut_short=False))
+
+    # Commands, on the loop's thread.
+
+    def _command(self, call: Callable[[], T]) -> T:
+        """Carry out a command on the loop's thread, or here where no loop runs; return its answer."""
+        with self._lock:
+            elsewhere = self._thread not in (None, threading.current_thread())
+            future: Future[T] | None = self._post(call) if elsewhere else None
+        return call() if future is None else future.result()
+
+    def _post(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._commands.append((call, future))
+        self._workers.wake()
+        return future
+
+    def _obey_commands(self) -> None:
+        while self._commands:
+            call, future = self._commands.popleft()
+            try:
+                future.set_result(call())
+            except CerebroError as error:
+                future.set_exception(error)
+
+    def _add(self, config: Config | None, source: str | None) -> str:
+        index = len(self._book)
+        parent = None if source is None else self._page(source)
+        chosen = dict(config if config is not None else parent.config if parent else {})
+        epochs = self._own(chosen, "epochs", self.settings.epochs)
+        batch_size = self._own(chosen, "batch_size", self.settings.batch_size)
+        model_config = self._recipe.model_config(chosen)
+        self._recipe.check_config(model_config)
+        trial = Trial(f"trial-{index:04d}", index, epochs)
+        page = TrialPage(trial, chosen, ship(model_config, f"The config {chosen}"), batch_size)
+        if parent is None:
+            self._hopper.apply(TrialAdded(trial))
+        else:
+            self._hopper.apply(TrialCloned(trial, parent.trial.id))
+            self._store.clone(trial.id, parent.trial.id)
+            before = parent.trained_under or parent.shipped
+            page.trained_under = before if before != page.shipped else None
+        self._book.add(page)
+        return trial.id
+
+    def _own(self, config: dict[str, Any], key: str, default: int) -> int:
+        """A value of ours that a config may set, unless the model itself takes the key."""
+        value = default if self._recipe.takes(key) else config.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"{key} is {value!r} in a config; it must be a whole number of at least 1.")
+        return value
+
+    def _page(self, trial_id: str) -> TrialPage:
+        try:
+            return self._book[trial_id]
+        except KeyError:
+            known = ", ".join(page.trial.id for page in self._book) or "none"
+            raise ConfigurationError(f"There is no trial {trial_id!r}; there are: {known}.") from None
+
+    def _decide(self, trial_id: str, decision: Decision) -> None:
+        self._page(trial_id)
+        self._obey(self._hopper.apply(TrialDecided(trial_id, decision)))
+        if self._hopper.status(trial_id) is Status.PAUSED:
+            self._store.cool(trial_id)
+
+    def _end_search(self) -> None:
+        self._search_ended = True
+        self._hopper.apply(SearchEnded())
+
+    # The end.
+
+    def _export_unended(self) -> None:
+        """Write the last checkpoint of what stands paused, or was cut short by an interrupt."""
+        for page in self._book:
+            trial = page.trial.id
+            if self._hopper.status(trial) not in ENDED and self._exports(trial):
+                self._export_last(trial, self._store.mapped(trial))
+                page.last_checkpoint = self._book.path(page, "last")
+
+    def close(self) -> None:
+        """Let go of everything: workers that are busy with units nobody wants any more are replaced. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._exporter.shutdown()
+        for worker in self._workers.ids:
+            if worker in self._running:
+                self._workers.restart(worker)
+            else:
+                self._workers.send(worker, Rest())
+        self._running.clear()
+        with self._lock:
+            self._thread = None
+        self._obey_commands()
+        self._store.close()
+        if self.settings.trace:
+            self._timeline.write(self.settings.run_dir / "trace.json")
+        self._progress.stop()

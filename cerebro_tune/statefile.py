@@ -1,0 +1,193 @@
+"""A written state on disk: one safetensors file that any safetensors reader opens.
+
+Every region is one entry, named by the key path of the leaf that lives there; the tree's JSON text and the digest are
+in the file's metadata. Reading rebuilds the buffer's bytes exactly and checks them against the digest, then makes the
+header once more and compares it, so that one flipped bit anywhere is noticed. No pickle, and no torch to move bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cerebro_tune.buffers import Mapped
+from cerebro_tune.errors import DamagedStateError
+from cerebro_tune.state import ARRAY, TENSOR, VIEW, aligned, digest, plan, read, seal, text_of, write
+from cerebro_tune.treecodec import named_leaves
+
+_LENGTH = struct.Struct("<Q")
+_DTYPES = {  # torch's and NumPy's names -> safetensors' name and bytes; the others are stored as plain bytes
+    "float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2),
+    "int64": ("I64", 8), "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1),
+    "uint64": ("U64", 8), "uint32": ("U32", 4), "uint16": ("U16", 2), "uint8": ("U8", 1), "bool": ("BOOL", 1),
+    "'<f8'": ("F64", 8), "'<f4'": ("F32", 4), "'<f2'": ("F16", 2), "'<i8'": ("I64", 8), "'<i4'": ("I32", 4),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A region of the buffer as an entry of the file."""
+
+    offset: int  # in the buffer
+    nbytes: int
+    name: str
+    dtype: str
+    itemsize: int
+    shape: list[int]
+
+
+def save(state: Any, path: Path | str, durable: bool = True) -> str:
+    """Write a tree, or a buffer that holds one, and return its digest; the file appears whole or not at all.
+
+    `durable` waits until the disk has it, so that it survives a power failure.
+    """
+    path = Path(path)
+    if not isinstance(state, Mapped):
+        layout = plan(state)
+        state = Mapped.private(layout.nbytes)
+        write(layout, state)
+    memory, text = state.memory, text_of(state.memory)
+    entries = _entries(text)
+    checksum = digest(state, _text_offset(entries) + len(text))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_header(text, checksum, entries))
+            for entry in entries:
+                file.write(memory[entry.offset : entry.offset + entry.nbytes])
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if durable:
+        _sync_folder(path.parent)
+    return checksum
+
+
+def load(path: Path | str, device: str | None = None) -> Any:
+    """The tree of a saved state; DamagedStateError when its bytes are not those that were written."""
+    buffer, _, _ = load_into(path, Mapped.private)
+    return read(buffer, device)
+
+
+def load_into(path: Path | str, buffer_of: Callable[[int], Mapped]) -> tuple[Mapped, int, str]:
+    """Bring a saved state into the buffer that `buffer_of(nbytes)` gives; returns it, the bytes used and the digest."""
+    with open(path, "rb") as file:
+        try:
+            text, checksum, entries = _read_header(file)
+            used = _text_offset(entries) + len(text)
+        except (KeyError, TypeError, ValueError, AttributeError, struct.error, RecursionError) as error:
+            raise _damaged(path, f"its header cannot be read ({error!r})") from error
+        buffer = buffer_of(used)
+        memory = buffer.memory
+        for entry in entries:
+            end = entry.offset + entry.nbytes
+            file.readinto(memory[entry.offset : end])  # a file cut short meanwhile fails the digest
+            memory[end : aligned(end)] = bytes(aligned(end) - end)
+    seal(memory, _text_offset(entries), text.encode("ascii"))
+    if digest(buffer, used) != checksum:
+        raise _damaged(path, "its digest is not the one that was written")
+    return buffer, used, checksum
+
+
+def _header(text: str, checksum: str, entries: list[_Entry]) -> bytes:
+    described: dict[str, Any] = {"__metadata__": {"format": "cerebro_tune state 1", "xxh3": checksum, "tree": text}}
+    end = 0
+    for entry in entries:
+        offsets = [end, end + entry.nbytes]
+        described[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        end += entry.nbytes
+    encoded = json.dumps(described, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return _LENGTH.pack(len(encoded)) + encoded
+
+
+def _read_header(file: BinaryIO) -> tuple[str, str, list[_Entry]]:
+    size = os.fstat(file.fileno()).st_size
+    raw = file.read(_LENGTH.size)
+    (length,) = _LENGTH.unpack(raw)
+    if length > size:
+        raise ValueError(f"it tells of a header of {length} bytes in a file of {size}")
+    raw += file.read(length)
+    metadata = json.loads(raw[_LENGTH.size :])["__metadata__"]
+    text, checksum = metadata["tree"], metadata["xxh3"]
+    entries = _entries(text)
+    if raw != _header(text, checksum, entries):
+        raise ValueError("it is not the one that was written")
+    expected = len(raw) + sum(entry.nbytes for entry in entries)
+    if size != expected:
+        raise ValueError(f"the file has {size} bytes, not {expected}")
+    return text, checksum, entries
+
+
+def _entries(text: str) -> list[_Entry]:
+    """The regions of a state in the order of the file: the widest elements first, so that all of them are aligned."""
+    found: dict[int, _Entry] = {}
+    used: set[str] = {"__metadata__"}
+    for path, tag, payload in named_leaves(text, (TENSOR, VIEW, ARRAY)):
+        offset, nbytes = payload[:2]
+        if nbytes and offset not in found:
+            name = path or "state"
+            while name in used:
+                name += "'"
+            used.add(name)
+            found[offset] = _Entry(offset, nbytes, name, *_described(tag, payload))
+    _check_places(found)
+    return sorted(found.values(), key=lambda entry: (-entry.itemsize, entry.offset))
+
+
+def _described(tag: str, payload: list[Any]) -> tuple[str, int, list[int]]:
+    """The entry's dtype, bytes per element and shape: those of its first leaf where that is all of the region."""
+    _, nbytes, name, shape, *rest = payload
+    dtype, size = _DTYPES.get(name, ("", 0))
+    whole = nbytes == math.prod(shape) * size
+    if tag == VIEW:
+        stride, first = rest[:2]
+        whole = whole and first == 0 and stride == _contiguous(shape)
+    if tag == ARRAY:
+        whole = whole and rest == ["C"]
+    return (dtype, size, shape) if whole else ("U8", 1, [nbytes])
+
+
+def _contiguous(shape: list[int]) -> list[int]:
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+def _check_places(entries: dict[int, _Entry]) -> None:
+    end = aligned(1)
+    for offset in sorted(entries):
+        if offset != end or entries[offset].nbytes < 0:
+            raise ValueError(f"a region starts at byte {offset}, not at {end}")
+        end = aligned(offset + entries[offset].nbytes)
+
+
+def _text_offset(entries: list[_Entry]) -> int:
+    return aligned(max((entry.offset + entry.nbytes for entry in entries), default=1))
+
+
+def _damaged(path: Path | str, why: str) -> DamagedStateError:
+    return DamagedStateError(
+        f"the saved state {path} is damaged: {why}. Delete it; the units since an earlier state are computed again"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power failure; Windows keeps it by itself and cannot open folders."""
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,308 @@
+"""Plain PyTorch by hops: subclass `TorchTrainable`, say how to build and how to step, and the rest is here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cerebro_tune.errors import ConfigurationError, NotTrainableError, StateError
+from cerebro_tune.trainable import Batches, Config, Plan, Recipe, Trainable, UnitWork, change_optimizers
+
+_PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "32": (torch.float32, None),
+    "64": (torch.float64, None),
+    "bf16-true": (torch.bfloat16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+}
+"""Name -> (dtype of the weights, dtype of autocast)."""
+
+
+@dataclass
+class TrainingState:
+    """What `train_unit` works on; everything in it hops with the trial."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    plan: Plan
+    epoch: int = 0
+    batches_done: int = 0
+    """Batches trained in this epoch; with accumulation this decides when the optimizer steps."""
+    step: int = 0
+    """Optimizer steps made since the trial began."""
+
+
+class TorchTrainable(Trainable):
+    """A trial that trains plain PyTorch. Override `build` and `training_step`, and what else you need.
+
+    Class attributes: `precision` (one of 32, 64, bf16-true, bf16-mixed, 16-mixed), `clip_norm` (largest gradient norm,
+    or None), `accumulate` (batches per optimizer step), `schedule` ("step" or "epoch": when the scheduler steps) and
+    `monitor` (the metric that a ReduceLROnPlateau watches).
+    """
+
+    precision: ClassVar[str] = "32"
+    clip_norm: ClassVar[float | None] = None
+    accumulate: ClassVar[int] = 1
+    schedule: ClassVar[str] = "epoch"
+    monitor: ClassVar[str] = "val_loss"
+
+    state: TrainingState
+
+    def build(self, config: Config, plan: Plan) -> tuple[Any, ...]:
+        """Return (model, optimizer) or (model, optimizer, scheduler)."""
+        raise NotTrainableError(f"{type(self).__name__} has no build(self, config, plan) -> model, optimizer[, scheduler].")
+
+    def training_step(self, model: nn.Module, batch: Any) -> Any:
+        """Return the loss, or {"loss": ..., more metrics}."""
+        raise NotTrainableError(f"{type(self).__name__} has no training_step(self, model, batch) -> loss.")
+
+    def validation_step(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        """Return metrics of one batch; by default the training step's, with `val_` before each name."""
+        output = self.training_step(model, batch)
+        metrics = output if isinstance(output, Mapping) else {"loss": output}
+        return {f"val_{name}": value for name, value in metrics.items()}
+
+    def validation_end(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make metrics of all that `validation_step` returned (each with its rows as `batch_size`): weighted means."""
+        rows = sum(output["batch_size"] for output in outputs)
+        names = [name for name in outputs[0] if name != "batch_size"]
+        return {name: sum(float(out[name]) * out["batch_size"] for out in outputs) / rows for name in names}
+
+    def train_unit(self, state: TrainingState, batches: Batches) -> dict[str, Any]:
+        """Train on every batch of a shard; return metrics. Override it for a loop of your own."""
+        totals: dict[str, Any] = {}
+        rows = 0
+        for batch in batches:
+            size = rows_of(batch)
+            rows += size
+            for name, value in self._train_batch(state, batch).items():
+                totals[name] = totals.get(name, 0.0) + value * size
+        return {"train_loss" if name == "loss" else name: float(total) / rows for name, total in totals.items()}
+
+    def on_config_change(self, old: Config, new: Config) -> set[str]:
+        """Make `new` effective where a state was trained under `old`; return the keys that took effect."""
+        schedulers = [self.state.scheduler] if self.state.scheduler is not None else []
+        return change_optimizers([self.state.optimizer], schedulers, old, new)
+
+    # What the worker calls.
+
+    def start(self, config: Config, plan: Plan) -> None:  # noqa: D102
+        weights, autocast = _PRECISIONS[self.precision]
+        self._config = _ReadKeys(config)
+        model, optimizer, *rest = self.build(self._config, plan)
+        if weights is not torch.float32:
+            model.to(weights)
+        self._autocast = autocast
+        self._device = torch.device(plan.device)
+        model.to(self._device)
+        scaler = torch.amp.GradScaler(self._device.type, enabled=autocast is torch.float16)
+        self.state = TrainingState(model, optimizer, rest[0] if rest else None, scaler, plan)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        state = self.state
+        return {
+            "model": state.model.state_dict(),
+            "buffers": dict(_unlisted_buffers(state.model)),
+            "gradients": {name: p.grad for name, p in state.model.named_parameters() if p.grad is not None}
+            if state.batches_done % self.accumulate
+            else {},
+            "optimizer": state.optimizer.state_dict(),
+            "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "progress": (state.epoch, state.batches_done, state.step),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+        mine = self.state
+        tensors = mine.model.state_dict(keep_vars=True) | dict(_unlisted_buffers(mine.model))
+        adopt(tensors, state["model"] | state["buffers"])
+        for name, parameter in mine.model.named_parameters():
+            gradient = state["gradients"].get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        mine.optimizer.load_state_dict(state["optimizer"])
+        if mine.scheduler is not None:
+            mine.scheduler.load_state_dict(state["scheduler"])
+        mine.scaler.load_state_dict(state["scaler"])
+        mine.epoch, mine.batches_done, mine.step = state["progress"]
+
+    def run_unit(self, work: UnitWork) -> dict[str, float]:  # noqa: D102
+        state = self.state
+        if state.epoch != work.epoch:
+            state.epoch, state.batches_done = work.epoch, 0
+        state.model.train()
+        metrics = dict(self.train_unit(state, work.train) or {})
+        if work.validation is not None:
+            with work.validating(), torch.no_grad():
+                state.model.eval()
+                metrics |= self.validation_end(list(self._validate(work.validation)))
+                state.model.train()
+        if work.last and self.schedule == "epoch" and state.scheduler is not None:
+            self._step_schedule(metrics)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def change_config(self, old: Config, new: Config) -> None:  # noqa: D102
+        changed = {key for key in {*old, *new} if old.get(key) != new.get(key)}
+        unread = changed - set(self.on_config_change(old, new)) - self._config.read
+        if unread:
+            raise ConfigurationError(
+                f"The config changes {', '.join(sorted(unread))}, which neither {type(self).__name__}.build nor its "
+                f"optimizer reads. It reads {', '.join(sorted(self._config.read)) or 'nothing'}; "
+                "override on_config_change(old, new) to apply other keys."
+            )
+
+    # Steps.
+
+    def _train_batch(self, state: TrainingState, batch: Any) -> dict[str, Tensor | float]:
+        with torch.autocast(self._device.type, self._autocast) if self._autocast else nullcontext():
+            output = self.training_step(state.model, to_device(batch, self._device))
+        metrics = dict(output) if isinstance(output, Mapping) else {"loss": output}
+        if "loss" not in metrics:
+            raise ConfigurationError(
+                f'{type(self).__name__}.training_step returned {sorted(metrics)}: the key "loss" is missing.'
+            )
+        state.scaler.scale(metrics["loss"] / self.accumulate if self.accumulate > 1 else metrics["loss"]).backward()
+        state.batches_done += 1
+        if state.batches_done % self.accumulate == 0 or state.batches_done == state.plan.batches_per_epoch:
+            self._step_optimizer(state)
+        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
+    def _step_optimizer(self, state: TrainingState) -> None:
+        if self.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), self.clip_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        if self.schedule == "step" and state.scheduler is not None:
+            state.scheduler.step()
+
+    def _step_schedule(self, metrics: dict[str, Any]) -> None:
+        if not isinstance(self.state.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.state.scheduler.step()
+        elif self.monitor in metrics:
+            self.state.scheduler.step(float(metrics[self.monitor]))
+        else:
+            raise ConfigurationError(
+                f"ReduceLROnPlateau watches {self.monitor!r}, but the metrics are {', '.join(sorted(metrics))}: "
+                f"set {type(self).__name__}.monitor to one of them."
+            )
+
+    def _validate(self, batches: Batches) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            with torch.autocast(self._device.type, self._autocast) if self._autocast else nullcontext():
+                output = self.validation_step(self.state.model, to_device(batch, self._device))
+            yield {"batch_size": rows_of(batch)} | dict(output)
+
+
+class TorchRecipe(Recipe):
+    """A `TorchTrainable` subclass as something to be shipped; exports are safetensors files of the model's tensors."""
+
+    suffix = ".safetensors"
+
+    def __init__(self, trainable: type[TorchTrainable]) -> None:
+        if trainable.precision not in _PRECISIONS:
+            raise ConfigurationError(f"{trainable.__name__}.precision is {trainable.precision!r}; valid: {list(_PRECISIONS)}.")
+        if trainable.schedule not in ("step", "epoch"):
+            raise ConfigurationError(f'{trainable.__name__}.schedule is {trainable.schedule!r}; valid: "step", "epoch".')
+        if trainable.accumulate < 1:
+            raise ConfigurationError(f"{trainable.__name__}.accumulate is {trainable.accumulate}; it must be at least 1.")
+        self.trainable, self.name, self.accumulate = trainable, trainable.__name__, trainable.accumulate
+
+    def model_config(self, config: Config) -> dict[str, Any]:  # noqa: D102  # `build` may read all of it
+        return dict(config)
+
+    def create(self) -> TorchTrainable:  # noqa: D102
+        return self.trainable()
+
+    def export(self, state: dict[str, Any], path: Path) -> None:  # noqa: D102
+        from safetensors.torch import save_file
+
+        # Cloned one by one: safetensors refuses tied and non-contiguous tensors.
+        tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state["model"].items()}
+        partial = path.with_name(path.name + ".partial")
+        save_file(tensors, partial)
+        os.replace(partial, path)
+
+
+class _ReadKeys(dict[str, Any]):
+    """A config that notes which of its keys were read."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:
+        self.read.update(super().keys())  # `f(**config)` and loops over it read every key
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.read.update(super().keys())
+        return super().items()
+
+
+def adopt(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Make each target tensor *be* the value of its name where device and dtype allow it; copy where they do not."""
+    if targets.keys() != values.keys():
+        raise StateError(
+            f"The state has tensors {sorted(values.keys() - targets.keys())} that the model lacks, and lacks its "
+            f"{sorted(targets.keys() - values.keys())}: was the model built from another config?"
+        )
+    for name, target in targets.items():
+        value = values[name]
+        if target.shape != value.shape:
+            raise StateError(
+                f"{name} has shape {tuple(value.shape)} in the state and {tuple(target.shape)} in the model: "
+                "was the model built from another config?"
+            )
+        if target.device == value.device and target.dtype == value.dtype:
+            target.data = value
+        else:
+            target.data.copy_(value)
+
+
+def _unlisted_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The non-persistent buffers, which `state_dict` leaves out."""
+    listed = model.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in model.named_buffers() if name not in listed)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor on `device`; unknown types stay as they are."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def rows_of(batch: Any) -> int:
+    """Rows of a batch: the length of its first tensor, or of the batch itself."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0]) if batch.ndim else 1
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if isinstance(values, list | tuple) and values and isinstance(values[0], Tensor | Mapping | list | tuple):
+        return rows_of(values[0])
+    return len(values)

@@ -1,0 +1,1 @@
+"""The Workers contract and its backends: `inline` (the caller's process) and `local` (a process per worker)."""

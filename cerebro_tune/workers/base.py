@@ -1,0 +1,91 @@
+"""What an executor asks of its workers; backends are found through the entry point group `cerebro_tune.workers`."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import entry_points
+from typing import Any
+
+from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.store import BufferRef
+from cerebro_tune.units import WorkerId
+from cerebro_tune.workers.messages import Message, Order
+
+Grow = Callable[[str, int], BufferRef]
+"""Answers a worker that needs a working buffer for a trial: (trial, bytes) -> buffer."""
+
+
+class Workers(ABC):
+    """A fixed number of workers. One thread starts, sends, waits and closes; any thread may wake.
+
+    Args:
+        devices: One torch device string per worker.
+        threads: What torch may use in each worker.
+    """
+
+    def __init__(self, devices: Sequence[str], threads: int) -> None:
+        self.ids = tuple(WorkerId(number) for number in range(len(devices)))
+        self.devices, self.threads = tuple(devices), threads
+
+    @abstractmethod
+    def start(self, grow: Grow) -> None:
+        """Bring every worker up; each says `Joined` through `wait`. `grow` is called inside `wait`."""
+
+    @abstractmethod
+    def send(self, worker: WorkerId, order: Order) -> None:
+        """Give an order. Sending to a worker that is gone is no error: its `Lost` is on the way."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float | None = None) -> list[Message]:
+        """Block until a worker says something, `wake` is called or the time is over; return what was said."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Make `wait` return. From any thread, and from a signal handler."""
+
+    @abstractmethod
+    def restart(self, worker: WorkerId) -> None:
+        """Bring up a replacement for a lost worker, or for one that is busy with what nobody wants any more."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End every worker, busy or not, and leave nothing behind. May be called twice."""
+
+
+class WakePipe:
+    """A pipe that makes a selector return; ringing it twice is as good as once."""
+
+    def __init__(self) -> None:
+        self.reader, self._writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self._writer, False)
+
+    def ring(self) -> None:
+        """Make the reader readable."""
+        with suppress(OSError):  # the pipe is full of rings already, or closed: whoever waited is gone
+            os.write(self._writer, b"!")
+
+    def silence(self) -> None:
+        """Take out what was rung."""
+        with suppress(BlockingIOError):
+            os.read(self.reader, 4096)
+
+    def close(self) -> None:
+        """Close both ends; a ring after that finds descriptor -1, not somebody else's."""
+        ends = self.reader, self._writer
+        self.reader = self._writer = -1
+        for end in ends:
+            os.close(end)
+
+
+def make_workers(backend: str, devices: Sequence[str], threads: int, **options: Any) -> Workers:
+    """The workers of a backend by its name."""
+    backends = {entry.name: entry for entry in entry_points(group="cerebro_tune.workers")}
+    if backend not in backends:
+        hint = ' The Ray backend needs: pip install "cerebro-tune[ray]".' if backend == "ray" else ""
+        raise ConfigurationError(f"There is no backend {backend!r}; valid: {', '.join(sorted(backends))}.{hint}")
+    kind: type[Workers] = backends[backend].load()
+    return kind(devices, threads, **options)

@@ -1,0 +1,101 @@
+"""Workers that are the caller itself: no process, no pickle to lose a traceback in, `breakpoint()` works."""
+
+from __future__ import annotations
+
+import random
+import selectors
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from cerebro_tune.units import WorkerId
+from cerebro_tune.workers.base import Grow, WakePipe, Workers
+from cerebro_tune.workers.messages import Exit, Forget, Joined, Message, Order, Ready, Rest, Setup, Task
+from cerebro_tune.workers.runner import UnitRunner, run_task, set_up
+
+
+class InlineWorkers(Workers):
+    """Each unit runs inside `wait`, on the thread that waits. Several workers take turns."""
+
+    def __init__(self, devices: Sequence[str], threads: int) -> None:
+        super().__init__(devices, threads)
+        self._orders: deque[tuple[WorkerId, Order]] = deque()
+        self._said: deque[Message] = deque()
+        self._runners: dict[WorkerId, UnitRunner] = {}
+        self._pipe: WakePipe | None = None
+
+    def start(self, grow: Grow) -> None:  # noqa: D102
+        self._pipe = WakePipe()
+        self._grow = grow
+        for worker in self.ids:
+            self.restart(worker)
+
+    def send(self, worker: WorkerId, order: Order) -> None:  # noqa: D102
+        self._orders.append((worker, order))
+
+    def wait(self, timeout_s: float | None = None) -> list[Message]:  # noqa: D102
+        assert self._pipe is not None, "wait before start"
+        while not self._said and self._orders:
+            worker, order = self._orders.popleft()
+            self._obey(self._runners[worker], order)
+        if not self._said:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._pipe.reader, selectors.EVENT_READ)
+                selector.select(timeout_s)
+            self._pipe.silence()
+        said = list(self._said)
+        self._said.clear()
+        return said
+
+    def wake(self) -> None:  # noqa: D102
+        if self._pipe is not None:
+            self._pipe.ring()
+
+    def restart(self, worker: WorkerId) -> None:  # noqa: D102
+        self._orders = deque((whose, order) for whose, order in self._orders if whose != worker)
+        if runner := self._runners.pop(worker, None):
+            runner.close()
+        self._runners[worker] = UnitRunner(worker, self.devices[worker.number], self._grow)
+        self._said.append(Joined(worker))
+
+    def close(self) -> None:  # noqa: D102
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
+        self._orders.clear()
+        self._said.clear()
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+    def _obey(self, runner: UnitRunner, order: Order) -> None:
+        match order:
+            case Setup():
+                self._said.append(Ready(runner.worker, set_up(runner, order)))
+            case Task():
+                with _borrowed_process(self.threads):
+                    self._said.append(run_task(runner, order))
+            case Forget():
+                runner.forget(order)
+            case Rest() | Exit():
+                runner.close()
+
+
+@contextmanager
+def _borrowed_process(threads: int) -> Iterator[None]:
+    """Give the caller its random streams and thread count back after a unit."""
+    import torch
+
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+        torch.set_num_threads(kept[3])
+        sys.stdout.flush()

@@ -1,0 +1,235 @@
+"""Workers on this machine, one process each."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from cerebro_tune.errors import StateMemoryError, WorkerError
+from cerebro_tune.units import WorkerId
+from cerebro_tune.workers import server
+from cerebro_tune.workers.base import Grow, WakePipe, Workers
+from cerebro_tune.workers.child import Boot
+from cerebro_tune.workers.messages import Exit, Grant, Lost, Message, NeedBuffer, Order
+
+_END_S = 2.0
+"""How long a process may take to end by itself before it is killed."""
+
+
+@dataclass
+class _Seat:
+    """A worker as the coordinator sees it."""
+
+    worker: WorkerId
+    connection: Connection
+    pid: int
+    process: subprocess.Popen[bytes] | None
+    """Only for a worker in an interpreter of its own; a forked one is the server's child."""
+
+
+class LocalWorkers(Workers):
+    """Forked by a server process; in fresh interpreters where CUDA is used (it cannot be forked) or on macOS."""
+
+    def __init__(self, devices: Sequence[str], threads: int) -> None:
+        super().__init__(devices, threads)
+        self._fresh = sys.platform != "linux" or any(device.startswith("cuda") for device in devices)
+        self._seats: dict[WorkerId, _Seat] = {}
+        self._server: _Server | None = None
+        self._pipe: WakePipe | None = None
+        self._said: list[Message] = []
+
+    def start(self, grow: Grow) -> None:  # noqa: D102
+        self._grow = grow
+        self._pipe = WakePipe()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._pipe.reader, selectors.EVENT_READ)
+        for worker in self.ids:
+            self.restart(worker)
+
+    def restart(self, worker: WorkerId) -> None:  # noqa: D102
+        if seat := self._seats.pop(worker, None):
+            self._unseat(seat, kill=True)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process: subprocess.Popen[bytes] | None = None
+            if self._fresh:
+                process = subprocess.Popen(
+                    server.command("child", theirs.fileno()), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # fmt: skip
+                pid = process.pid
+            else:
+                pid = self._live_server().fork(theirs)
+        connection = Connection(ours.detach())
+        self._seats[worker] = _Seat(worker, connection, pid, process)
+        self._selector.register(connection, selectors.EVENT_READ, self._seats[worker])
+        connection.send(self._boot(worker))
+
+    def send(self, worker: WorkerId, order: Order) -> None:  # noqa: D102
+        with suppress(BrokenPipeError, ConnectionResetError):  # it is gone; `wait` will say so
+            self._seats[worker].connection.send(order)
+
+    def wait(self, timeout_s: float | None = None) -> list[Message]:  # noqa: D102
+        assert self._pipe is not None, "wait before start"
+        for key, _ in self._selector.select(timeout_s):
+            if key.fd == self._pipe.reader:
+                self._pipe.silence()
+            else:
+                self._hear(key.data)
+        said, self._said = self._said, []
+        return said
+
+    def wake(self) -> None:  # noqa: D102
+        if self._pipe is not None:
+            self._pipe.ring()
+
+    def close(self) -> None:  # noqa: D102
+        if self._pipe is None:
+            return
+        for worker in self._seats:
+            self.send(worker, Exit())
+        for seat in self._seats.values():
+            self._unseat(seat, kill=False)
+        self._seats.clear()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self._selector.close()
+        self._pipe.close()
+        self._pipe = None
+
+    @property
+    def pids(self) -> dict[WorkerId, int]:
+        """The process of each worker."""
+        return {worker: seat.pid for worker, seat in self._seats.items()}
+
+    def _live_server(self) -> _Server:
+        if self._server is None:
+            self._server = _Server()
+        return self._server
+
+    def _boot(self, worker: WorkerId) -> Boot:
+        """Each CUDA worker sees its own device only, as device 0."""
+        kind, _, index = self.devices[worker.number].partition(":")
+        if kind != "cuda":
+            return Boot(worker, kind, None, self.threads, os.getpid())
+        allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = allowed.split(",")[int(index or 0)] if allowed else index or "0"
+        return Boot(worker, "cuda:0", visible, self.threads, os.getpid())
+
+    def _hear(self, seat: _Seat) -> None:
+        try:
+            message = seat.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._lose(seat)
+            return
+        if isinstance(message, NeedBuffer):
+            try:
+                grant = Grant(self._grow(message.trial, message.nbytes))
+            except StateMemoryError as error:
+                grant = Grant(None, str(error))
+            self.send(seat.worker, grant)
+        else:
+            self._said.append(message)
+
+    def _lose(self, seat: _Seat) -> None:
+        self._said.append(Lost(seat.worker, self._unseat(seat, kill=False)))
+        self._seats.pop(seat.worker, None)
+
+    def _unseat(self, seat: _Seat, kill: bool) -> str:
+        """End a worker's process if it has not ended, and tell how it ended."""
+        self._selector.unregister(seat.connection)
+        seat.connection.close()  # from here on it has two reasons to end: this, and what follows
+        if kill:
+            with suppress(ProcessLookupError):
+                os.kill(seat.pid, signal.SIGKILL)
+        if seat.process is None:
+            assert self._server is not None, "a forked worker without a server"
+            status = self._server.status_of(seat.pid)
+            return "its server died" if status is None else _told(os.waitstatus_to_exitcode(status))
+        try:
+            return _told(seat.process.wait(_END_S))
+        except subprocess.TimeoutExpired:
+            seat.process.kill()
+            return _told(seat.process.wait())
+
+
+class _Server:
+    """The coordinator's side of the forking server."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                server.command("server", theirs.fileno()), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        self._ended: dict[int, int] = {}
+
+    def fork(self, theirs: socket.socket) -> int:
+        """Fork a worker onto this socket; return its pid."""
+        try:
+            socket.send_fds(self._control, [server.FORK], [theirs.fileno()])
+            while True:
+                pid, status = self._answer()
+                if status == -1:
+                    return pid
+                self._ended[pid] = status
+        except (EOFError, OSError) as error:
+            raise WorkerError(
+                f"The process that forks workers ended with {self._process.wait()}; what it printed above says why."
+            ) from error
+
+    def status_of(self, pid: int) -> int | None:
+        """The wait status of a worker that is ending, killed if it takes too long; None if the server itself is gone."""
+        self._control.settimeout(_END_S)
+        try:
+            while pid not in self._ended:
+                try:
+                    ended, status = self._answer()
+                except TimeoutError:
+                    os.kill(pid, signal.SIGKILL)
+                    self._control.settimeout(None)
+                else:
+                    self._ended[ended] = status
+        except (EOFError, OSError):
+            return None
+        finally:
+            self._control.settimeout(None)
+        return self._ended.pop(pid)
+
+    def close(self) -> None:
+        """Hang up, which ends it."""
+        self._control.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _answer(self) -> tuple[int, int]:
+        parts = b""
+        while len(parts) < server.ANSWER.size:
+            part = self._control.recv(server.ANSWER.size - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        pid, status = server.ANSWER.unpack(parts)
+        return pid, status
+
+
+def _told(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"it exited with {code}"
+    name = signal.Signals(-code).name
+    hint = " (often the system's out-of-memory killer)" if name == "SIGKILL" else ""
+    return f"it was killed by {name}{hint}"

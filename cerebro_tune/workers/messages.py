@@ -1,0 +1,191 @@
+"""What the coordinator and a worker say to each other. Small, frozen, and pickled only in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cerebro_tune.store import BufferRef
+from cerebro_tune.units import Unit, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What a worker needs once per run.
+
+    `recipe` and `form` are cloudpickled, so that classes of a script or a notebook travel by value.
+    `validation_rows` are the rows measured after a unit in mid-epoch; None measures none there.
+    """
+
+    recipe: bytes
+    form: bytes
+    train: str
+    validation: str | None
+    validation_rows: int | None
+    report_every: str
+    last_batch: str
+    seed: int
+    shard_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Begin a run: open the data, and check these shards before anything trains on them."""
+
+    spec: RunSpec
+    check: tuple[int, ...]
+    check_validation: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Write a checkpoint in the worker if this unit's report is the trial's best so far (or unconditionally)."""
+
+    best_path: Path | None
+    metric: str | None
+    mode: str
+    best_so_far: float | None
+    last_path: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit to run: from the state in `committed` (None: from a fresh build) into `working`.
+
+    Configs are cloudpickled; they may hold classes and functions of a script.
+    """
+
+    job: int
+    unit: Unit
+    trial_index: int
+    config: bytes
+    epochs: int
+    batch_size: int
+    position: int
+    last: bool
+    committed: BufferRef | None
+    committed_bytes: int
+    working: BufferRef | None
+    trained_under: bytes | None = None
+    """The config the state was trained under, where it differs from `config`."""
+    export: Export | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The buffer that a `NeedBuffer` asked for; None when there is no memory, with the reason in `error`."""
+
+    buffer: BufferRef | None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """These trials ended and these buffers were freed: let go of them."""
+
+    trials: tuple[str, ...]
+    buffers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The run is over: let go of everything of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Leave."""
+
+
+Order = Setup | Task | Grant | Forget | Rest | Exit
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The worker is up."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The run's data is open and checked (`error` is None), or cannot be used."""
+
+    worker: WorkerId
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NeedBuffer:
+    """The state of the trial that runs here needs a working buffer of this size; answered by a `Grant`."""
+
+    worker: WorkerId
+    trial: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """When the parts of a unit happened: monotonic seconds, one clock for all processes of a machine."""
+
+    began: float
+    loaded: float
+    trained: float
+    ended: float
+    validation_s: float = 0.0
+
+    @property
+    def hop_s(self) -> float:
+        """Seconds spent on the state: copy and load before the unit, write and digest after it."""
+        return (self.loaded - self.began) + (self.ended - self.trained)
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of training."""
+        return self.trained - self.loaded - self.validation_s
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A unit is done and its state written: the working buffer holds `used` bytes with this digest."""
+
+    worker: WorkerId
+    job: int
+    unit: Unit
+    metrics: Mapping[str, float]
+    used: int
+    digest: str
+    spans: Spans
+    best_written: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The unit raised; `error` is the traceback as text."""
+
+    worker: WorkerId
+    job: int
+    unit: Unit
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Text that user code printed in a worker."""
+
+    worker: WorkerId
+    trial: str | None
+    stream: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The worker is gone, with what is known of why."""
+
+    worker: WorkerId
+    reason: str = field(default="")
+
+
+Message = Joined | Ready | NeedBuffer | Finished | Raised | Output | Lost

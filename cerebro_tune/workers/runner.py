@@ -1,0 +1,252 @@
+"""How a worker runs a unit, whatever kind of worker it is.
+
+A unit is copy, load, train, validate, write: the committed buffer is copied into the working one, the trainable adopts
+the tensors there and trains them in place, and what it holds at the end is the new state. The committed buffer is only
+read, so a worker that dies in the middle costs nothing but this unit.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from time import monotonic
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+from cerebro_tune import state
+from cerebro_tune.data import BatchForm, ShardedDataset
+from cerebro_tune.data.order import batch_sizes, shard_order
+from cerebro_tune.errors import CerebroError, NonFiniteLossError, WorkerError
+from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
+from cerebro_tune.store import BufferCache, BufferRef, copy
+from cerebro_tune.trainable import Plan, Recipe, Trainable, UnitWork
+from cerebro_tune.units import WorkerId
+from cerebro_tune.workers.messages import Export, Finished, Forget, Message, Raised, RunSpec, Setup, Spans, Task
+
+
+class UnitRunner:
+    """The trainables, data and buffers of one worker. `grow(trial, nbytes)` asks the coordinator for a buffer."""
+
+    def __init__(self, worker: WorkerId, device: str, grow: Callable[[str, int], BufferRef]) -> None:
+        self.worker, self.device, self._grow = worker, device, grow
+        self._buffers = BufferCache()
+        self._seats: dict[str, Trainable] = {}
+
+    def setup(self, setup: Setup) -> None:
+        """Open and check the data of a run. Raises DataError; forgets everything of the run before."""
+        self.close()
+        spec = setup.spec
+        self._spec = spec
+        self._recipe: Recipe = cloudpickle.loads(spec.recipe)
+        self._form: BatchForm = cloudpickle.loads(spec.form)
+        self._train = ShardedDataset.open(spec.train)
+        self._train.check(setup.check)
+        self._validation = None if spec.validation is None else ShardedDataset.open(spec.validation)
+        self._subset: np.ndarray | None = None
+        if self._validation is not None:
+            if setup.check_validation:
+                self._validation.check()
+            if spec.validation_rows is not None:
+                self._subset = self._validation.subset(spec.validation_rows, spec.seed)
+
+    def run(self, task: Task) -> Finished:
+        """Run one unit; whatever the user's code raises passes through."""
+        began = monotonic()
+        trainable, working = self._load(task)
+        timer = _ValidationTimer(lambda: seed_validation(self._spec.seed, task.trial_index, *_place(task)))
+        loaded = monotonic()
+        seed_unit(self._spec.seed, task.trial_index, *_place(task))
+        metrics = trainable.run_unit(self._work(task, timer))
+        self._synchronize()
+        trained = monotonic()
+        loss = metrics.get("train_loss", 0.0)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The training loss of {task.unit.trial} is {loss} in epoch {task.unit.epoch}, shard {task.unit.shard}: "
+                "lower the learning rate, clip gradients, or look for bad rows in that shard."
+            )
+        tree = trainable.state_dict()
+        used, digest = self._write(task.unit.trial, working, tree)
+        best_written = task.export is not None and self._export(task.export, tree, metrics)
+        return Finished(
+            worker=self.worker,
+            job=task.job,
+            unit=task.unit,
+            metrics=metrics,
+            used=used,
+            digest=digest,
+            spans=Spans(began, loaded, trained, monotonic(), timer.elapsed_s),
+            best_written=best_written,
+        )
+
+    def forget(self, forget: Forget) -> None:
+        """Let go of ended trials and freed buffers."""
+        for trial in forget.trials:
+            if seat := self._seats.pop(trial, None):
+                seat.close()
+        self._buffers.forget(forget.buffers)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for seat in self._seats.values():
+            seat.close()
+        self._seats.clear()
+        self._buffers.close()
+
+    def _load(self, task: Task) -> tuple[Trainable, BufferRef | None]:
+        """The task's trainable with the predecessor's state in it, and the working buffer that it lives in."""
+        trial = task.unit.trial
+        if task.committed is None and (stale := self._seats.pop(trial, None)):
+            stale.close()  # its first unit was begun here before, and its state is not that of a fresh build any more
+        trainable = self._seats.get(trial)
+        if trainable is None:
+            seed_build(self._spec.seed, task.trial_index)
+            trainable = self._recipe.create()
+            trainable.start(cloudpickle.loads(task.config), self._plan(task))
+            self._seats[trial] = trainable
+        working = task.working
+        if task.committed is not None:
+            working = working or self._grow(trial, task.committed_bytes)
+            source, target = self._buffers.open(task.committed), self._buffers.open(working)
+            copy(source, target, task.committed_bytes)
+            trainable.load_state_dict(state.read(target))
+            if task.trained_under is not None:
+                trainable.change_config(cloudpickle.loads(task.trained_under), cloudpickle.loads(task.config))
+        return trainable, working
+
+    def _plan(self, task: Task) -> Plan:
+        spec = self._spec
+        return Plan(
+            epochs=task.epochs,
+            batch_size=task.batch_size,
+            shard_rows=spec.shard_rows,
+            device=self.device,
+            last_batch=spec.last_batch,
+            accumulate=self._recipe.accumulate,
+        )
+
+    def _work(self, task: Task, timer: _ValidationTimer) -> UnitWork:
+        validation: _ValidationBatches | None = None
+        if self._validation is not None and (task.last or self._spec.report_every == "unit"):
+            rows = None if task.last else self._subset
+            if task.last or rows is not None:
+                validation = _ValidationBatches(self._validation, task.batch_size, self._form, rows)
+        return UnitWork(
+            epoch=task.unit.epoch,
+            shard=task.unit.shard,
+            position=task.position,
+            last=task.last,
+            train=_TrainBatches(self._train, task, self._spec, self._form),
+            validation=validation,
+            validating=timer.measure,
+        )
+
+    def _write(self, trial: str, working: BufferRef | None, tree: Any) -> tuple[int, str]:
+        """Write the state into the trial's working buffer, or into a larger one where it has grown."""
+        needed = state.plan(tree).nbytes
+        if working is None or working.nbytes < needed:
+            working = self._grow(trial, needed)
+        buffer = self._buffers.open(working)
+        used = state.write(tree, buffer)
+        return used, state.digest(buffer, used)
+
+    def _export(self, export: Export, tree: Any, metrics: dict[str, float]) -> bool:
+        """Write the one checkpoint that is due: the best, which also serves as the last, or the last."""
+        better = export.best_path is not None and improves(export.metric, export.mode, metrics, export.best_so_far)
+        path = export.best_path if better else export.last_path
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._recipe.export(tree, path)
+        return better
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that training is not accounted as hopping."""
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize()
+
+
+def set_up(runner: UnitRunner, setup: Setup) -> Exception | None:
+    """Set a runner up and return what is wrong, if something is."""
+    try:
+        runner.setup(setup)
+    except CerebroError as error:
+        return error
+    except Exception:  # noqa: BLE001  # a user's class that does not unpickle, say; its own type may not travel back
+        return WorkerError(f"{runner.worker} could not be set up for the run:\n{traceback.format_exc()}")
+    return None
+
+
+def run_task(runner: UnitRunner, task: Task) -> Message:
+    """Run a unit and turn what the user's code raises into a message."""
+    try:
+        return runner.run(task)
+    except Exception:  # noqa: BLE001  # the traceback becomes the trial's error
+        return Raised(runner.worker, task.job, task.unit, traceback.format_exc())
+
+
+def improves(metric: str | None, mode: str, metrics: dict[str, float], best: float | None) -> bool:
+    """Whether a report is better than the best so far; without a metric the latest always is, NaN never."""
+    if metric is None:
+        return True
+    value = metrics.get(metric, math.nan)
+    if math.isnan(value):
+        return False
+    return best is None or (value < best if mode == "min" else value > best)
+
+
+def _place(task: Task) -> tuple[int, int]:
+    return task.unit.epoch, task.unit.shard
+
+
+class _ValidationTimer:
+    """`measure()` seeds the generators for validation and takes the time spent inside."""
+
+    def __init__(self, seed: Callable[[], None]) -> None:
+        self._seed, self.elapsed_s = seed, 0.0
+
+    def measure(self) -> AbstractContextManager[None]:
+        return self._measure()
+
+    @contextmanager
+    def _measure(self) -> Iterator[None]:
+        began = monotonic()
+        self._seed()
+        yield
+        self.elapsed_s += monotonic() - began
+
+
+class _TrainBatches:
+    """The batches of one shard in this epoch's order; fetching the first one seeds the unit's generators again."""
+
+    def __init__(self, dataset: ShardedDataset, task: Task, spec: RunSpec, form: BatchForm) -> None:
+        self._dataset, self._task, self._seed, self._form = dataset, task, spec.seed, form
+        self._sizes = batch_sizes(dataset.rows(task.unit.shard), task.batch_size, spec.last_batch)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, shard = _place(self._task)
+        order = shard_order(self._seed, epoch, shard, self._dataset.rows(shard))
+        seed_unit(self._seed, self._task.trial_index, epoch, shard)
+        yield from self._dataset.shard(shard).batches(order, self._sizes, self._form)
+
+
+class _ValidationBatches:
+    """The validation set, or its subset, in order."""
+
+    def __init__(self, dataset: ShardedDataset, batch_size: int, form: BatchForm, rows: np.ndarray | None) -> None:
+        self._dataset, self._batch_size, self._form, self._rows = dataset, batch_size, form, rows
+
+    def __len__(self) -> int:
+        rows = self._dataset.num_rows if self._rows is None else len(self._rows)
+        return -(-rows // self._batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._dataset.batches_of(self._batch_size, self._form, self._rows)

@@ -1,0 +1,99 @@
+"""A small process that has torch imported and forks workers on request.
+
+Forking takes milliseconds where a fresh interpreter takes seconds to import torch. Unlike multiprocessing's forkserver
+it never imports the user's main module, so unguarded scripts and notebooks work, and it leaves nothing behind: it ends
+when its control socket does, and each worker ends with its own.
+
+On the control socket: one byte with a worker's socket attached asks for a fork. The answers are (pid, exit status or
+None) as fixed-size structs: None when a worker was forked, its wait status when it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+
+ANSWER = struct.Struct("<qq")
+"""(pid, wait status), the status -1 for a worker that was just forked."""
+
+FORK = b"f"
+
+PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from cerebro_tune.workers.{module} import main; main()"
+"""What the interpreter of a server or of a fresh worker runs: the coordinator's own path, then `main`."""
+
+
+def command(module: str, descriptor: int) -> list[str]:
+    """The command line of a server, or of a worker in a fresh interpreter, that speaks on this descriptor."""
+    return [sys.executable, "-c", PROGRAM.format(module=module), str(descriptor), json.dumps(sys.path)]
+
+
+def main() -> None:
+    """Serve until the control socket ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch  # noqa: F401  # imported here once, for every worker to be forked
+
+    from cerebro_tune.workers import child  # noqa: F401
+
+    control = socket.socket(fileno=int(sys.argv[1]))
+    bell, bell_end = socket.socketpair()
+    for end in (bell, bell_end):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # it need only ring the bell
+    signal.set_wakeup_fd(bell_end.fileno(), warn_on_full_buffer=False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(control, selectors.EVENT_READ)
+        selector.register(bell, selectors.EVENT_READ)
+        while True:
+            ready = {key.fileobj for key, _ in selector.select()}
+            if bell in ready:
+                bell.recv(4096)
+                _reap(control)
+            if control in ready and not _fork_one(control):
+                return
+
+
+def _fork_one(control: socket.socket) -> bool:
+    """Fork a worker onto the socket that came with the request; false when the coordinator hung up."""
+    request, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+    if not request:
+        return False
+    (descriptor,) = descriptors
+    pid = os.fork()
+    if pid == 0:
+        _become_worker(control, descriptor)
+    os.close(descriptor)
+    control.sendall(ANSWER.pack(pid, -1))
+    return True
+
+
+def _become_worker(control: socket.socket, descriptor: int) -> None:
+    """Never returns: the forked process must not run on in the server's frames."""
+    from cerebro_tune.workers import child
+
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        control.close()
+        child.live(descriptor)
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _reap(control: socket.socket) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        try:
+            control.sendall(ANSWER.pack(pid, status))
+        except OSError:
+            return  # the coordinator is gone; the main loop sees it too

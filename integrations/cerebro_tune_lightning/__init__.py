@@ -1,0 +1,29 @@
+"""Lightning modules by hops: `LightningTrainable`, and what makes a plain `Trainer.fit` comparable.
+
+The names are looked up when they are first used, because the core asks `adapt` about whatever it is given, with or
+without Lightning installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cerebro_tune_lightning.reseed import ReseedCallback as ReseedCallback
+    from cerebro_tune_lightning.trainable import LightningTrainable as LightningTrainable
+
+_HOMES = {"LightningTrainable": "trainable", "ReseedCallback": "reseed"}
+
+__all__ = ["LightningTrainable", "ReseedCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not find_spec("pytorch_lightning") and not find_spec("lightning"):
+        from cerebro_tune.errors import MissingHostError
+
+        raise MissingHostError('cerebro_tune_lightning needs PyTorch Lightning: pip install "cerebro-tune[lightning]"')
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,88 @@
+"""Lightning checkpoints that open anywhere: nothing in them needs more than `torch.load(weights_only=True)`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def make_safe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """These values as `torch.load(weights_only=True)` accepts them, and the key paths of those that it never would.
+
+    NumPy scalars become Python's. Tensors that share memory go on sharing it; a view of a larger storage, such as a
+    trial's buffer, becomes a tensor of its own.
+    """
+    sieve = _Sieve()
+    return sieve.mapping(values, ""), sieve.left_out
+
+
+def export(checkpoint: Mapping[str, Any], left_out: list[str], path: Path) -> None:
+    """Write a checkpoint, whole or not at all; warn of what is left out of it (`left_out` names what already was)."""
+    safe, skipped = make_safe(checkpoint)
+    if skipped or left_out:
+        warnings.warn(
+            f"{path.name} leaves out {', '.join([*left_out, *skipped])}, which torch.load(weights_only=True) would "
+            "refuse. Pass it to load_from_checkpoint where it is needed.",
+            stacklevel=2,
+        )
+    partial = path.with_name(path.name + ".partial")
+    torch.save(safe, partial)
+    os.replace(partial, path)
+
+
+class _Unsafe(Exception):  # noqa: N818  (never leaves this module)
+    """A value that a checkpoint cannot hold."""
+
+
+class _Sieve:
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+        self._copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def mapping(self, values: Mapping[Any, Any], path: str) -> dict[Any, Any]:
+        """The safe entries of a dict."""
+        safe: dict[Any, Any] = {}
+        for key, value in values.items():
+            try:
+                safe[self._value(key, path)] = self._value(value, f"{path}{key}")
+            except _Unsafe:
+                self.left_out.append(f"{path}{key}")
+        return safe
+
+    def _value(self, value: Any, path: str) -> Any:
+        if isinstance(value, np.generic):
+            value = value.item()
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if kind in (list, tuple, set):
+            return kind(self._value(item, path) for item in value)
+        if kind in (OrderedDict, Counter):
+            ordered = kind(self.mapping(value, f"{path}."))
+            if hasattr(value, "_metadata"):  # the versions of a module's parts
+                ordered._metadata = value._metadata
+            return ordered
+        if isinstance(value, dict):
+            return self.mapping(value, f"{path}.")
+        raise _Unsafe
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() == tensor.nbytes:
+            return tensor
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in self._copies:
+            self._copies[key] = tensor.clone()
+        return self._copies[key]

@@ -1,0 +1,101 @@
+"""Metrics in the making: what was logged in an epoch that is not over, and the states of torchmetrics.
+
+Private to Lightning's result collection, tested with 2.6.x (2.6.6). None of it is in a Lightning checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+_META = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute")
+_REDUCTIONS = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
+_BUILTIN_REDUCTIONS = {"sum": sum, "min": min, "max": max}
+
+
+def pack(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Scalar tensors as [dtype, number], so that they take no place among the tensors of a state."""
+    return {
+        name: [str(value.dtype).removeprefix("torch."), value.tolist()] if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def unpack(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What `pack` was given."""
+    return {
+        name: torch.tensor(value[1], dtype=getattr(torch, value[0]), device=device) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
+
+
+def dump(collection: Any) -> list[dict[str, Any]]:
+    """The metrics of a result collection that hold something."""
+    return [_dump_metric(key, metric) for key, metric in collection.items() if not metric.has_reset]
+
+
+def restore(collection: Any, dumped: list[dict[str, Any]], private: Any, trainer: Any) -> None:
+    """Make a result collection hold what was dumped; `private` is the module that defines it."""
+    collection.clear()
+    for entry in dumped:
+        meta = private._Metadata(**entry["meta"], reduce_fx=_reduction(*entry["reduce"]))
+        meta.sync = private._Sync(fn=trainer.strategy.reduce, rank_zero_only=entry["rank_zero_only"])
+        metric = private._ResultMetric(meta, entry["values"] is not None)
+        if entry["values"] is not None:
+            for name, value in unpack(entry["values"], trainer.strategy.root_device).items():
+                setattr(metric, name, value)
+        else:
+            metric.value = trainer.lightning_module.get_submodule(meta.metric_attribute)
+        metric._update_count = entry["updates"]
+        collection[entry["key"]] = metric
+
+
+def _dump_metric(key: str, metric: Any) -> dict[str, Any]:
+    meta = metric.meta
+    reduce_fx = meta.reduce_fx
+    return {
+        "key": key,
+        "meta": {name: getattr(meta, name) for name in _META},
+        "reduce": [reduce_fx.__name__, reduce_fx is _BUILTIN_REDUCTIONS.get(reduce_fx.__name__)],
+        "rank_zero_only": meta.sync.rank_zero_only,
+        "values": pack({name: getattr(metric, name) for name in metric._defaults}) if metric.is_tensor else None,
+        "updates": metric._update_count,
+    }
+
+
+def _reduction(name: str, builtin: bool) -> Any:
+    return _BUILTIN_REDUCTIONS[name] if builtin else _REDUCTIONS[name]
+
+
+def dump_metrics(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The states of all torchmetrics of a module that were updated since their last reset."""
+    for part in module.modules():
+        if isinstance(part, MetricCollection):
+            part.values(copy_state=False)  # members of a compute group catch up with the one that is updated
+    return {
+        name: {"updates": metric._update_count, "states": {state: getattr(metric, state) for state in metric._defaults}}
+        for name, metric in _metrics(module)
+        if metric._update_count
+    }
+
+
+def restore_metrics(module: nn.Module, dumped: dict[str, dict[str, Any]]) -> None:
+    """Take up the states that `dump_metrics` gave; metrics that it left out are reset."""
+    for name, metric in _metrics(module):
+        metric.reset()
+        if entry := dumped.get(name):
+            for state, value in entry["states"].items():
+                setattr(metric, state, _on(metric.device, value))
+            metric._update_count = entry["updates"]
+
+
+def _metrics(module: nn.Module) -> Iterator[tuple[str, Metric]]:
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, Metric))
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return [part.to(device) for part in value] if isinstance(value, list) else value.to(device)
