@@ -19,9 +19,10 @@ from time import monotonic
 from typing import Any
 
 import torch
-from _report import Report
 
+from _report import Report
 from cerebro_tune import state
+from cerebro_tune.adopt import adopt_optimizer
 from cerebro_tune.buffers import BufferCache, BufferRef, copy
 from cerebro_tune.store import StateStore
 
@@ -49,7 +50,7 @@ class Worker:
             copy(self.buffers.open(committed), target, used)
             self.adopt(state.read(target))
         forward_at, stepped_at = self.train()
-        layout = state.plan(self.tree())
+        layout = state.plan(self.tree(), None if working is None else self.buffers.open(working))
         if working is None:
             working = self.grow(layout.nbytes)
         target = self.buffers.open(working)
@@ -71,7 +72,7 @@ class Worker:
     def adopt(self, tree: dict[str, Any]) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.data = tree["model"][name]
-        self.optimizer.load_state_dict(tree["optimizer"])
+        adopt_optimizer(self.optimizer, tree["optimizer"])
 
     def memcpy(self, source: BufferRef, target: BufferRef, used: int) -> float:
         views = self.buffers.open(source), self.buffers.open(target)

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from _report import Report
 from torch.utils.data import DataLoader, TensorDataset
 
+from _report import Report
 from cerebro_tune.data import BatchForm, ShardedDataset, batch_sizes, shard_order
 
 ROWS = 24_000

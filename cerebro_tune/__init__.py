@@ -27,7 +27,7 @@ _HOMES = {
     "TrialResult": "results",
     "VisitLoader": "seeding",
 }
-__all__ = list(_HOMES)  # noqa: PLE0604  # the names above, each imported when it is first used: torch takes seconds
+__all__ = list(_HOMES)  # each is imported when it is first used: torch takes seconds
 
 
 def __getattr__(name: str) -> Any:

@@ -46,6 +46,7 @@ class Mapped:
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self._memory: memoryview | None = memoryview(mapping)
+        self.known: object = None  # what `regions.py` keeps of the tensors here
         self.nbytes = len(mapping)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
@@ -80,7 +81,7 @@ class Mapped:
 
     def close(self) -> None:
         """Give up this hold; the memory is unmapped when the last tensor that views it goes."""
-        self._memory = None
+        self._memory = self.known = None
 
 
 def _map(fd: int, nbytes: int, populate: bool) -> mmap.mmap:
@@ -181,7 +182,7 @@ def has_anonymous_memory() -> bool:
 
 def _reserve(fd: int, nbytes: int) -> None:
     if hasattr(os, "posix_fallocate"):
-        import psutil  # noqa: PLC0415  (only the coordinator allocates)
+        import psutil
 
         # A memory file has no size limit of its own: asking for more than there is wakes the kernel's OOM killer.
         if nbytes > psutil.virtual_memory().available:
@@ -199,7 +200,7 @@ def with_descriptors(call: Callable[[], T]) -> T:
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-    import resource  # noqa: PLC0415  (absent on Windows, where EMFILE is no matter)
+    import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

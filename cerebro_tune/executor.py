@@ -18,6 +18,7 @@ import psutil
 from cerebro_tune.budget import state_budget
 from cerebro_tune.data import BatchForm, ShardedDataset
 from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.policy import Policy
 from cerebro_tune.progress import make_progress
 from cerebro_tune.results import Results, TrialResult
 from cerebro_tune.run import Report, Run, RunSettings, Tuner, ship
@@ -46,9 +47,9 @@ class Cerebro:
         placement: "shared": every worker holds every shard; "pinned": shard i belongs to worker i mod n, so that every
             unit hops; "auto": shared, since all workers of a machine map the same files.
         live_trials: How many trials train side by side; None is twice the workers.
-        policy: "auto", "random" (the paper's) or "fixed" (the run repeats exactly).
+        policy: "auto", "random" (the paper's), "fixed" (the run repeats exactly), or a `cerebro_tune.policy.Policy`.
         report_every: "unit" or "epoch".
-        validation_rows: Rows measured after a unit in mid-epoch: "auto", "all" or a number. An epoch's end has them all.
+        validation_rows: Rows measured after a unit in mid-epoch: "auto", "all" or a number; an epoch's end has all.
         keep: "best" (each trial's best and last checkpoint), "last" or "none".
         state_memory: Memory for the states of trials: "50%" of what there is, "8GB", or bytes.
         max_failures: How many workers may die in a trial's own units before it counts as failed.
@@ -74,7 +75,7 @@ class Cerebro:
         backend: str = "local",
         placement: str = "auto",
         live_trials: int | None = None,
-        policy: str = "auto",
+        policy: str | Policy = "auto",
         report_every: str = "unit",
         validation_rows: int | str = "auto",
         keep: str = "best",
@@ -98,11 +99,13 @@ class Cerebro:
         _one_of(placement=placement, valid=("auto", "shared", "pinned"))
         if self.placement == "pinned" and len(self.devices) > self.train.num_shards:
             raise ConfigurationError(
-                f"{self.train.num_shards} shards cannot be pinned to {len(self.devices)} workers: each needs at least one. "
+                f"{self.train.num_shards} shards cannot be pinned to {len(self.devices)} workers: each needs one. "
                 f"Write the set with num_shards >= {len(self.devices)}, or use placement='shared'."
             )
         self.live_trials = 2 * len(self.devices) if live_trials is None else _at_least(1, live_trials=live_trials)
-        self.policy = _one_of(policy=policy, valid=("auto", "random", "fixed"))
+        self.policy = (
+            policy if not isinstance(policy, str) else _one_of(policy=policy, valid=("auto", "random", "fixed"))
+        )
         self.report_every = _one_of(report_every=report_every, valid=("unit", "epoch"))
         self.validation_rows = self._subset_rows(validation_rows)
         self.keep = _one_of(keep=keep, valid=("best", "last", "none"))
@@ -128,7 +131,9 @@ class Cerebro:
         """
         listed = [{}] if configs is None else [dict(config) for config in configs]
         if not listed:
-            raise ConfigurationError("configs is empty: there is nothing to train. Without hyperparameters leave it out.")
+            raise ConfigurationError(
+                "configs is empty: there is nothing to train. Without hyperparameters leave it out."
+            )
         run = self.run(trainable, _TrainAll(), metric=metric, mode=mode)
         try:
             for config in listed:
@@ -182,7 +187,9 @@ class Cerebro:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _end(self, run: Run) -> None:

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+_REDRAW_S = 0.25
+"""A snapshot visits every trial: with thousands of them, one per unit would cost more than the unit."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrialRow:
@@ -89,24 +92,25 @@ class Live(Progress):
         from rich.live import Live as RichLive
 
         super().start(snapshot)
-        self._latest = snapshot()
+        self._latest, self._taken = snapshot(), monotonic()
         # Rich's own thread draws, from a snapshot taken on the run's thread: no lock, and units of minutes still tick.
-        self._live = RichLive(get_renderable=lambda: render(self._latest), refresh_per_second=4)
+        self._live = RichLive(get_renderable=lambda: render(self._latest), refresh_per_second=round(1 / _REDRAW_S))
         self._live.start()
 
     def update(self) -> None:  # noqa: D102
-        self._latest = self.snapshot()
+        if monotonic() - self._taken > _REDRAW_S:
+            self._latest, self._taken = self.snapshot(), monotonic()
 
     def say(self, text: str, stream: str = "stdout") -> None:  # noqa: D102
         self._live.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:  # noqa: D102
-        self.update()
+        self._latest = self.snapshot()
         self._live.stop()
 
 
 class Notebook(Progress):
-    """An HTML table in the cell's output, redrawn at most twice a second."""
+    """An HTML table in the cell's output, redrawn a few times a second at most."""
 
     def start(self, snapshot: Callable[[], Snapshot]) -> None:  # noqa: D102
         from IPython.display import HTML, display
@@ -117,7 +121,7 @@ class Notebook(Progress):
         self._drawn = monotonic()
 
     def update(self) -> None:  # noqa: D102
-        if monotonic() - self._drawn > 0.5:  # noqa: PLR2004
+        if monotonic() - self._drawn > _REDRAW_S:
             self._draw()
 
     def say(self, text: str, stream: str = "stdout") -> None:  # noqa: D102
@@ -157,7 +161,8 @@ def to_html(snapshot: Snapshot) -> str:
     """The HTML table of a run."""
     rows = "".join(
         f"<tr><td>{html.escape(row.trial_id)}</td><td>{row.status}</td>"
-        f'<td><progress max="1" value="{row.done:.3f}"></progress></td><td>{html.escape(_metrics(row.metrics))}</td></tr>'
+        f'<td><progress max="1" value="{row.done:.3f}"></progress></td>'
+        f"<td>{html.escape(_metrics(row.metrics))}</td></tr>"
         for row in shown(snapshot)
     )
     head = "<tr><th>trial</th><th>status</th><th>progress</th><th>metrics</th></tr>"
@@ -192,10 +197,12 @@ def _caption(snapshot: Snapshot) -> str:
 
 
 _BOOKKEEPING = {
-    "epoch", "units", "training_iteration", "unit_time_s", "hop_time_s", "validation_time_s", "shard", "worker", "trial_id"
+    "epoch", "units", "training_iteration", "unit_time_s", "hop_time_s", "validation_time_s", "shard", "worker",
 }  # fmt: skip
 
 
 def _metrics(report: Mapping[str, Any]) -> str:
-    values = {name: value for name, value in report.items() if name not in _BOOKKEEPING and isinstance(value, int | float)}
+    values = {
+        name: value for name, value in report.items() if name not in _BOOKKEEPING and isinstance(value, int | float)
+    }
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ class Results(Sequence[TrialResult]):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and value == value  # NaN is no rank
+    return isinstance(value, int | float) and not math.isnan(value)
 
 
 def _plain(value: Any) -> Any:

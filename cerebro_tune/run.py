@@ -19,6 +19,7 @@ import cloudpickle
 
 from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
+from cerebro_tune.buffers import Mapped
 from cerebro_tune.errors import (
     CerebroError,
     ConfigurationError,
@@ -39,9 +40,10 @@ from cerebro_tune.events import (
 )
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
+from cerebro_tune.policy import Policy
 from cerebro_tune.progress import Progress, Snapshot, TrialRow
 from cerebro_tune.results import Results, TrialResult
-from cerebro_tune.store import BufferRef, Mapped, StateStore
+from cerebro_tune.store import BufferRef, StateStore
 from cerebro_tune.timeline import Timeline
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision, Shard, Status, Trial, Unit, WorkerId
@@ -81,12 +83,13 @@ class Tuner(Protocol):
 def ship(what: Any, name: str) -> bytes:
     """Cloudpickle what is to travel to the workers; `name` begins the sentence of the error."""
     try:
-        return cloudpickle.dumps(what)
+        pickled: bytes = cloudpickle.dumps(what)
     except Exception as error:  # pickling runs code of the object's own, which may raise anything
         raise NotPicklableError(
             f"{name} cannot be sent to the workers: {type(error).__name__}: {error}. Make what it refers to "
             'inside the trainable instead (open files, locks and connections cannot travel), or use backend="inline".'
         ) from error
+    return pickled
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class RunSettings:
 
     epochs: int
     batch_size: int
-    policy: str
+    policy: str | Policy
     live_trials: int | None
     max_failures: int
     pinned: bool
@@ -111,7 +114,13 @@ class Run:
     """Trials on workers, from the first unit to the results."""
 
     def __init__(
-        self, workers: Workers, store: StateStore, recipe: Recipe, settings: RunSettings, tuner: Tuner, progress: Progress
+        self,
+        workers: Workers,
+        store: StateStore,
+        recipe: Recipe,
+        settings: RunSettings,
+        tuner: Tuner,
+        progress: Progress,
     ) -> None:
         self.settings = settings
         self._workers, self._store, self._recipe = workers, store, recipe
@@ -217,7 +226,9 @@ class Run:
             left += 0 if status in ENDED else total - done
             rows.append(TrialRow(page.trial.id, status.value, done / total, page.last or {}))
         running = {worker: self._running.get(worker) for worker in self._workers.ids}
-        shown = tuple((str(worker), f"{unit.trial} shard {unit.shard}" if unit else "idle") for worker, unit in running.items())
+        shown = tuple(
+            (str(worker), f"{unit.trial} shard {unit.shard}" if unit else "idle") for worker, unit in running.items()
+        )
         eta = self._timeline.mean_unit_s * left / len(self._workers.ids) if self._timeline.units else None
         shares = self._timeline.shares
         return Snapshot(tuple(rows), shown, self.settings.metric, self.settings.mode, shares.idle, eta)
@@ -249,7 +260,9 @@ class Run:
     def _set_up(self, worker: WorkerId, check: bool) -> None:
         """Tell a worker of the run. Each shard is checked once on this machine, by one of the workers."""
         shards = range(worker.number, len(self.settings.spec.shard_rows), len(self._workers.ids))
-        self._workers.send(worker, Setup(self.settings.spec, tuple(shards) if check else (), check and worker.number == 0))
+        self._workers.send(
+            worker, Setup(self.settings.spec, tuple(shards) if check else (), check and worker.number == 0)
+        )
 
     def _holdings(self, worker: WorkerId) -> frozenset[int]:
         shards = len(self.settings.spec.shard_rows)
@@ -509,7 +522,7 @@ class Run:
                 page.last_checkpoint = self._book.path(page, "last")
 
     def close(self) -> None:
-        """Let go of everything: workers that are busy with units nobody wants any more are replaced. May be called twice."""
+        """Let go of everything: workers still busy with units are replaced. May be called twice."""
         if self._closed:
             return
         self._closed = True

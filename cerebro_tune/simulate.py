@@ -5,7 +5,6 @@ It drives the same `Hopper` as the live executor does, so what it says about a p
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush

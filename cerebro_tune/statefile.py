@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 from cerebro_tune.buffers import Mapped
 from cerebro_tune.errors import DamagedStateError
-from cerebro_tune.state import ARRAY, TENSOR, VIEW, aligned, digest, plan, read, seal, text_of, write
+from cerebro_tune.regions import ARRAY, TENSOR, aligned, clear_tail, contiguous
+from cerebro_tune.state import digest, parts, plan, read, seal, write
 from cerebro_tune.treecodec import named_leaves
 
 _LENGTH = struct.Struct("<Q")
@@ -54,13 +57,15 @@ def save(state: Any, path: Path | str, durable: bool = True) -> str:
         layout = plan(state)
         state = Mapped.private(layout.nbytes)
         write(layout, state)
-    memory, text = state.memory, text_of(state.memory)
-    entries = _entries(text)
-    checksum = digest(state, _text_offset(entries) + len(text))
+    memory = state.memory
+    end, rows, text = parts(memory)
+    table = rows.decode("ascii")
+    entries = _entries(table, text)
+    checksum = digest(state, end + len(table) + len(text))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_header(text, checksum, entries))
+            file.write(_header(table, text, checksum, entries))
             for entry in entries:
                 file.write(memory[entry.offset : entry.offset + entry.nbytes])
             file.flush()
@@ -86,24 +91,25 @@ def load_into(path: Path | str, buffer_of: Callable[[int], Mapped]) -> tuple[Map
     """Bring a saved state into the buffer that `buffer_of(nbytes)` gives; returns it, the bytes used and the digest."""
     with open(path, "rb") as file:
         try:
-            text, checksum, entries = _read_header(file)
-            used = _text_offset(entries) + len(text)
-        except (KeyError, TypeError, ValueError, AttributeError, struct.error, RecursionError) as error:
+            table, text, checksum, entries = _read_header(file)
+            end = _end(entries)
+            used = end + len(table) + len(text)
+        except (KeyError, TypeError, ValueError, struct.error, RecursionError) as error:
             raise _damaged(path, f"its header cannot be read ({error!r})") from error
         buffer = buffer_of(used)
         memory = buffer.memory
         for entry in entries:
-            end = entry.offset + entry.nbytes
-            file.readinto(memory[entry.offset : end])  # a file cut short meanwhile fails the digest
-            memory[end : aligned(end)] = bytes(aligned(end) - end)
-    seal(memory, _text_offset(entries), text.encode("ascii"))
+            file.readinto(memory[entry.offset : entry.offset + entry.nbytes])  # what is cut short fails the digest
+            clear_tail(memory, entry.offset + entry.nbytes)
+    seal(memory, end, table.encode("ascii"), text.encode("ascii"))
     if digest(buffer, used) != checksum:
         raise _damaged(path, "its digest is not the one that was written")
     return buffer, used, checksum
 
 
-def _header(text: str, checksum: str, entries: list[_Entry]) -> bytes:
-    described: dict[str, Any] = {"__metadata__": {"format": "cerebro_tune state 1", "xxh3": checksum, "tree": text}}
+def _header(table: str, text: str, checksum: str, entries: list[_Entry]) -> bytes:
+    metadata = {"check": _check(table, text, checksum), "xxh3": checksum, "table": table, "tree": text}
+    described: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for entry in entries:
         offsets = [end, end + entry.nbytes]
@@ -114,7 +120,7 @@ def _header(text: str, checksum: str, entries: list[_Entry]) -> bytes:
     return _LENGTH.pack(len(encoded)) + encoded
 
 
-def _read_header(file: BinaryIO) -> tuple[str, str, list[_Entry]]:
+def _read_header(file: BinaryIO) -> tuple[str, str, str, list[_Entry]]:
     size = os.fstat(file.fileno()).st_size
     raw = file.read(_LENGTH.size)
     (length,) = _LENGTH.unpack(raw)
@@ -122,47 +128,44 @@ def _read_header(file: BinaryIO) -> tuple[str, str, list[_Entry]]:
         raise ValueError(f"it tells of a header of {length} bytes in a file of {size}")
     raw += file.read(length)
     metadata = json.loads(raw[_LENGTH.size :])["__metadata__"]
-    text, checksum = metadata["tree"], metadata["xxh3"]
-    entries = _entries(text)
-    if raw != _header(text, checksum, entries):
+    table, text, checksum = metadata["table"], metadata["tree"], metadata["xxh3"]
+    if metadata["check"] != _check(table, text, checksum):  # so that nothing below meets a damaged table
+        raise ValueError("its check sum is not the one that was written")
+    entries = _entries(table, text)
+    if raw != _header(table, text, checksum, entries):
         raise ValueError("it is not the one that was written")
     expected = len(raw) + sum(entry.nbytes for entry in entries)
     if size != expected:
         raise ValueError(f"the file has {size} bytes, not {expected}")
-    return text, checksum, entries
+    return table, text, checksum, entries
 
 
-def _entries(text: str) -> list[_Entry]:
+def _check(*parts: str) -> str:
+    return xxhash.xxh3_64_hexdigest("\n".join(parts))
+
+
+def _entries(table: str, text: str) -> list[_Entry]:
     """The regions of a state in the order of the file: the widest elements first, so that all of them are aligned."""
+    rows = json.loads(table)
     found: dict[int, _Entry] = {}
     used: set[str] = {"__metadata__"}
-    for path, tag, payload in named_leaves(text, (TENSOR, VIEW, ARRAY)):
-        offset, nbytes = payload[:2]
+    for path, tag, index in named_leaves(text, (TENSOR, ARRAY)):
+        offset, nbytes, *described = rows["tensors" if tag == TENSOR else "arrays"][index]
         if nbytes and offset not in found:
             name = path or "state"
             while name in used:
                 name += "'"
             used.add(name)
-            found[offset] = _Entry(offset, nbytes, name, *_described(tag, payload))
+            found[offset] = _Entry(offset, nbytes, name, *_described(nbytes, *described))
     _check_places(found)
     return sorted(found.values(), key=lambda entry: (-entry.itemsize, entry.offset))
 
 
-def _described(tag: str, payload: list[Any]) -> tuple[str, int, list[int]]:
+def _described(nbytes: int, dtype: str, shape: list[int], *rest: Any) -> tuple[str, int, list[int]]:
     """The entry's dtype, bytes per element and shape: those of its first leaf where that is all of the region."""
-    _, nbytes, name, shape, *rest = payload
-    dtype, size = _DTYPES.get(name, ("", 0))
-    whole = nbytes == math.prod(shape) * size
-    if tag == VIEW:
-        stride, first = rest[:2]
-        whole = whole and first == 0 and stride == _contiguous(shape)
-    if tag == ARRAY:
-        whole = whole and rest == ["C"]
-    return (dtype, size, shape) if whole else ("U8", 1, [nbytes])
-
-
-def _contiguous(shape: list[int]) -> list[int]:
-    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    name, size = _DTYPES.get(dtype, ("", 0))
+    whole = nbytes == math.prod(shape) * size and (rest[:2] in [(), ("C",)] or rest[:2] == (contiguous(shape), 0))
+    return (name, size, shape) if whole else ("U8", 1, [nbytes])
 
 
 def _check_places(entries: dict[int, _Entry]) -> None:
@@ -173,7 +176,7 @@ def _check_places(entries: dict[int, _Entry]) -> None:
         end = aligned(offset + entries[offset].nbytes)
 
 
-def _text_offset(entries: list[_Entry]) -> int:
+def _end(entries: list[_Entry]) -> int:
     return aligned(max((entry.offset + entry.nbytes for entry in entries), default=1))
 
 

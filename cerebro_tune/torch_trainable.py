@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cerebro_tune.adopt import adopt_optimizer
 from cerebro_tune.errors import ConfigurationError, NotTrainableError, StateError
 from cerebro_tune.trainable import Batches, Config, Plan, Recipe, Trainable, UnitWork, change_optimizers
 
@@ -59,7 +60,9 @@ class TorchTrainable(Trainable):
 
     def build(self, config: Config, plan: Plan) -> tuple[Any, ...]:
         """Return (model, optimizer) or (model, optimizer, scheduler)."""
-        raise NotTrainableError(f"{type(self).__name__} has no build(self, config, plan) -> model, optimizer[, scheduler].")
+        raise NotTrainableError(
+            f"{type(self).__name__} has no build(self, config, plan) -> model, optimizer[, scheduler]."
+        )
 
     def training_step(self, model: nn.Module, batch: Any) -> Any:
         """Return the loss, or {"loss": ..., more metrics}."""
@@ -128,7 +131,7 @@ class TorchTrainable(Trainable):
         for name, parameter in mine.model.named_parameters():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        mine.optimizer.load_state_dict(state["optimizer"])
+        adopt_optimizer(mine.optimizer, state["optimizer"])
         if mine.scheduler is not None:
             mine.scheduler.load_state_dict(state["scheduler"])
         mine.scaler.load_state_dict(state["scaler"])
@@ -211,11 +214,17 @@ class TorchRecipe(Recipe):
 
     def __init__(self, trainable: type[TorchTrainable]) -> None:
         if trainable.precision not in _PRECISIONS:
-            raise ConfigurationError(f"{trainable.__name__}.precision is {trainable.precision!r}; valid: {list(_PRECISIONS)}.")
+            raise ConfigurationError(
+                f"{trainable.__name__}.precision is {trainable.precision!r}; valid: {list(_PRECISIONS)}."
+            )
         if trainable.schedule not in ("step", "epoch"):
-            raise ConfigurationError(f'{trainable.__name__}.schedule is {trainable.schedule!r}; valid: "step", "epoch".')
+            raise ConfigurationError(
+                f'{trainable.__name__}.schedule is {trainable.schedule!r}; valid: "step", "epoch".'
+            )
         if trainable.accumulate < 1:
-            raise ConfigurationError(f"{trainable.__name__}.accumulate is {trainable.accumulate}; it must be at least 1.")
+            raise ConfigurationError(
+                f"{trainable.__name__}.accumulate is {trainable.accumulate}; it must be at least 1."
+            )
         self.trainable, self.name, self.accumulate = trainable, trainable.__name__, trainable.accumulate
 
     def model_config(self, config: Config) -> dict[str, Any]:  # noqa: D102  # `build` may read all of it
@@ -228,7 +237,10 @@ class TorchRecipe(Recipe):
         from safetensors.torch import save_file
 
         # Cloned one by one: safetensors refuses tied and non-contiguous tensors.
-        tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state["model"].items()}
+        tensors = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in state["model"].items()
+        }
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial)
         os.replace(partial, path)

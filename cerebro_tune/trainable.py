@@ -83,7 +83,7 @@ class Trainable(ABC):
 
     @abstractmethod
     def start(self, config: Config, plan: Plan) -> None:
-        """Build model, optimizer and the rest on `plan.device`; the generators are seeded by (run seed, trial index)."""
+        """Build model, optimizer and the rest on `plan.device`; the generators are seeded by (seed, trial index)."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Trainable(ABC):
         """Train on every batch of `work.train`, validate if asked, and return the metrics, `train_loss` among them."""
 
     def change_config(self, old: Config, new: Config) -> None:
-        """Make the values of `new` effective in a state that was trained under `old` (the trainable was built on `new`)."""
+        """Make `new`, on which the trainable was built, effective in a state that was trained under `old`."""
         changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         if changed:
             raise NotTrainableError(f"{type(self).__name__} cannot change {', '.join(changed)} in mid-training.")

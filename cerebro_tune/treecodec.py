@@ -32,7 +32,8 @@ from typing import Any, NoReturn
 
 from cerebro_tune.errors import StateError, UnsupportedLeafError
 
-Handler = Callable[[Any], Any]
+Handler = Callable[["Encoder", Any], Any]
+Reader = Callable[[Any], Any]
 
 _FACTORIES: dict[str, Any] = {f.__name__: f for f in (list, dict, set, int, float, str, bool, tuple)}
 _PATHS = {cls.__name__: cls for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath, type(pathlib.Path()))}
@@ -52,29 +53,11 @@ class Refused(Exception):  # noqa: N818  (never leaves this module: it collects 
 
 
 class Encoder:
-    """Turns a tree into what JSON can say; `leaves` adds handlers by type for what the caller stores elsewhere."""
+    """Turns a tree into what JSON can say; a subclass adds handlers for leaves that it stores elsewhere."""
 
-    def __init__(self, leaves: Mapping[type, Handler]) -> None:
-        self._handlers: dict[type, Handler] = {
-            type(None): _same,
-            bool: _same,
-            str: _text,
-            int: _integer,
-            float: _number,
-            list: self._list,
-            tuple: lambda value: {"~tuple": self._list(value)},
-            dict: self._dict,
-            collections.OrderedDict: lambda value: {"~ordered": self._pairs(value)},
-            collections.Counter: lambda value: {"~counter": self._pairs(value)},
-            collections.defaultdict: self._defaultdict,
-            collections.deque: lambda value: {"~deque": [value.maxlen, self._list(value)]},
-            set: lambda value: {"~set": self._members(value)},
-            frozenset: lambda value: {"~frozenset": self._members(value)},
-            types.SimpleNamespace: lambda value: {"~simplenamespace": self._pairs(vars(value))},
-            Namespace: lambda value: {"~namespace": self._pairs(vars(value))},
-            **_SCALARS,
-            **leaves,
-        }
+    # Functions of (encoder, value), not bound methods: an encoder must hold no cycle, which would keep the tree's
+    # tensors until the next garbage collection.
+    handlers: Mapping[type, Handler]
 
     def encode(self, tree: Any) -> Any:
         """A tree for `dumps`; UnsupportedLeafError names the key path of a value that cannot be carried."""
@@ -88,34 +71,39 @@ class Encoder:
 
     def value(self, value: Any) -> Any:
         """One value as JSON can say it."""
-        handler = self._handlers.get(type(value))
-        return handler(value) if handler is not None else self._other(value)
+        handler = self.handlers.get(type(value))
+        return handler(self, value) if handler is not None else self._other(value)
 
-    def _list(self, values: Iterable[Any]) -> list[Any]:
+    def sequence(self, values: Iterable[Any]) -> list[Any]:
+        """Items in their order."""
         result: list[Any] = []
+        handlers = self.handlers
         try:
             for value in values:
-                handler = self._handlers.get(type(value))
-                result.append(handler(value) if handler is not None else self._other(value))
+                handler = handlers.get(type(value))
+                result.append(handler(self, value) if handler is not None else self._other(value))
         except Refused as refused:
             refused.path.append(f"[{len(result)}]")
             raise
         return result
 
-    def _dict(self, values: dict[Any, Any]) -> dict[str, Any]:
+    def mapping(self, values: dict[Any, Any]) -> dict[str, Any]:
+        """A dict: as JSON has them where all keys are plain strings."""
         result: dict[str, Any] = {}
+        handlers = self.handlers
         for key, value in values.items():
             if type(key) is not str or key[:1] == "~" or not key.isascii():
-                return {"~dict": self._pairs(values)}
-            handler = self._handlers.get(type(value))
+                return {"~dict": self.pairs(values)}
+            handler = handlers.get(type(value))
             try:
-                result[key] = handler(value) if handler is not None else self._other(value)
+                result[key] = handler(self, value) if handler is not None else self._other(value)
             except Refused as refused:
                 refused.path.append(f"[{key!r}]")
                 raise
         return result
 
-    def _pairs(self, values: Mapping[Any, Any]) -> list[Any]:
+    def pairs(self, values: Mapping[Any, Any]) -> list[Any]:
+        """Keys of any kind with their values, in their order."""
         result = []
         for key, value in values.items():
             try:
@@ -125,23 +113,17 @@ class Encoder:
                 raise
         return result
 
-    def _members(self, values: Iterable[Any]) -> list[Any]:
+    def members(self, values: Iterable[Any]) -> list[Any]:
+        """Members of a set."""
         # Sorted, because the order of a set differs between processes and equal states must have equal bytes.
-        return sorted(self._list(values), key=dumps)
-
-    def _defaultdict(self, values: collections.defaultdict[Any, Any]) -> dict[str, Any]:
-        factory = values.default_factory
-        name = None if factory is None else getattr(factory, "__name__", "")
-        if factory is not None and _FACTORIES.get(name or "") is not factory:
-            raise Refused(f"is a defaultdict whose factory {factory!r} is none of {', '.join(_FACTORIES)}")
-        return {"~defaultdict": [name, self._pairs(values)]}
+        return sorted(self.sequence(values), key=dumps)
 
     def _other(self, value: Any) -> Any:
         kind = type(value)
         if isinstance(value, enum.Enum):
             return _enum(value)
         if isinstance(value, tuple) and hasattr(kind, "_fields"):
-            return {"~named": [*_located(kind), self._list(value)]}
+            return {"~named": [*_located(kind), self.sequence(value)]}
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(value, numpy.generic):
             return {"~scalar": [dtype_text(value.dtype), value.tobytes().hex()]}
@@ -154,7 +136,7 @@ def refuse(value: Any, why: str = "cannot be carried between workers") -> NoRetu
     raise Refused(f"is a {kind.__module__}.{kind.__qualname__}, which {why}: {reprlib.repr(value)}")
 
 
-def decode(text: str, leaves: Mapping[str, Handler]) -> Any:
+def decode(text: str, leaves: Mapping[str, Reader]) -> Any:
     """The tree of a JSON text; `leaves` has the readers of the caller's own tags (with their tilde)."""
     readers = {**_READERS, **leaves}
 
@@ -192,16 +174,16 @@ def _walk(value: Any, path: str, tags: frozenset[str]) -> Iterable[tuple[str, st
 
 def dtype_text(dtype: Any) -> str:
     """A NumPy dtype as text, as in the header of a .npy file."""
-    import numpy.lib.format  # noqa: PLC0415
+    import numpy.lib.format
 
     if dtype.hasobject or dtype.metadata:
-        raise Refused(f"has the NumPy dtype {dtype!r}, whose values cannot be carried")
+        raise Refused(f"is of the NumPy dtype {dtype!r}, whose values cannot be carried")
     return repr(numpy.lib.format.dtype_to_descr(dtype))
 
 
 def dtype_of(text: str) -> Any:
     """The NumPy dtype of its text."""
-    import numpy.lib.format  # noqa: PLC0415
+    import numpy.lib.format
 
     return numpy.lib.format.descr_to_dtype(ast.literal_eval(text))
 
@@ -209,11 +191,11 @@ def dtype_of(text: str) -> Any:
 dumps = json.JSONEncoder(check_circular=False, allow_nan=False, separators=(",", ":")).encode
 
 
-def _same(value: Any) -> Any:
+def _same(encoder: Encoder, value: Any) -> Any:
     return value
 
 
-def _text(value: str) -> Any:
+def _text(encoder: Encoder, value: str) -> Any:
     if value.isascii():
         return value
     try:
@@ -223,17 +205,29 @@ def _text(value: str) -> Any:
     return value
 
 
-def _integer(value: int) -> Any:
+def _integer(encoder: Encoder, value: int) -> Any:
     # Python refuses to read decimal integers of more than 4,300 digits; hexadecimal ones have no limit.
     return value if -(1 << 63) <= value < 1 << 63 else {"~int": hex(value)}
 
 
-def _number(value: float) -> Any:
+def _number(encoder: Encoder, value: float) -> Any:
     return value if math.isfinite(value) else {"~float": repr(value)}
 
 
-def _bytes(value: bytes | bytearray) -> dict[str, str]:
+def _bytes(encoder: Encoder, value: bytes | bytearray) -> dict[str, str]:
     return {f"~{type(value).__name__}": base64.b64encode(value).decode()}
+
+
+def _path(encoder: Encoder, value: pathlib.PurePath) -> dict[str, Any]:
+    return {"~path": [type(value).__name__, _text(encoder, str(value))]}
+
+
+def _defaultdict(encoder: Encoder, value: collections.defaultdict[Any, Any]) -> dict[str, Any]:
+    factory = value.default_factory
+    name = None if factory is None else getattr(factory, "__name__", "")
+    if factory is not None and _FACTORIES.get(name or "") is not factory:
+        raise Refused(f"is a defaultdict whose factory {factory!r} is none of {', '.join(_FACTORIES)}")
+    return {"~defaultdict": [name, encoder.pairs(value)]}
 
 
 def _enum(value: enum.Enum) -> dict[str, Any]:
@@ -257,21 +251,37 @@ def _zone(zone: datetime.tzinfo | None) -> Any:
     return refuse(zone)
 
 
-def _moment(value: datetime.datetime | datetime.time) -> dict[str, Any]:
+def _moment(encoder: Encoder, value: datetime.datetime | datetime.time) -> dict[str, Any]:
     tag = f"~{type(value).__name__}"
     return {tag: [value.replace(tzinfo=None).isoformat(), value.fold, _zone(value.tzinfo)]}
 
 
-_SCALARS: dict[type, Handler] = {
-    complex: lambda value: {"~complex": [_number(value.real), _number(value.imag)]},
+_HANDLERS: dict[type, Handler] = {
+    type(None): _same,
+    bool: _same,
+    str: _text,
+    int: _integer,
+    float: _number,
+    complex: lambda encoder, value: {"~complex": [_number(encoder, value.real), _number(encoder, value.imag)]},
     bytes: _bytes,
     bytearray: _bytes,
-    range: lambda value: {"~range": [_integer(value.start), _integer(value.stop), _integer(value.step)]},
-    datetime.date: lambda value: {"~date": value.isoformat()},
+    range: lambda encoder, value: {"~range": encoder.sequence((value.start, value.stop, value.step))},
+    list: Encoder.sequence,
+    tuple: lambda encoder, value: {"~tuple": encoder.sequence(value)},
+    dict: Encoder.mapping,
+    collections.OrderedDict: lambda encoder, value: {"~ordered": encoder.pairs(value)},
+    collections.Counter: lambda encoder, value: {"~counter": encoder.pairs(value)},
+    collections.defaultdict: _defaultdict,
+    collections.deque: lambda encoder, value: {"~deque": [value.maxlen, encoder.sequence(value)]},
+    set: lambda encoder, value: {"~set": encoder.members(value)},
+    frozenset: lambda encoder, value: {"~frozenset": encoder.members(value)},
+    types.SimpleNamespace: lambda encoder, value: {"~simplenamespace": encoder.pairs(vars(value))},
+    Namespace: lambda encoder, value: {"~namespace": encoder.pairs(vars(value))},
+    datetime.date: lambda encoder, value: {"~date": value.isoformat()},
     datetime.datetime: _moment,
     datetime.time: _moment,
-    datetime.timedelta: lambda value: {"~timedelta": [value.days, value.seconds, value.microseconds]},
-    **{cls: (lambda value: {"~path": [type(value).__name__, _text(str(value))]}) for cls in _PATHS.values()},
+    datetime.timedelta: lambda encoder, value: {"~timedelta": [value.days, value.seconds, value.microseconds]},
+    **dict.fromkeys(_PATHS.values(), _path),
 }
 
 
@@ -340,16 +350,16 @@ def _read_zone(zone: Any) -> datetime.tzinfo | None:
     return datetime.timezone(offset) if name is None else datetime.timezone(offset, name)
 
 
-def _read_moment(kind: Any) -> Handler:
+def _read_moment(kind: Any) -> Reader:
     return lambda p: kind.fromisoformat(p[0]).replace(fold=p[1], tzinfo=_read_zone(p[2]))
 
 
 def _read_scalar(payload: list[str]) -> Any:
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
     dtype = dtype_of(payload[0])
     raw = bytes.fromhex(payload[1])
-    return np.frombuffer(raw, dtype)[0] if raw else np.zeros(1, dtype)[0]
+    return np.frombuffer(raw, dtype)[0] if dtype.itemsize else np.zeros(1, dtype)[0]
 
 
 def _read_path(payload: list[str]) -> Any:
@@ -358,7 +368,7 @@ def _read_path(payload: list[str]) -> Any:
     return _PATHS[payload[0]](payload[1])
 
 
-_READERS: dict[str, Handler] = {
+_READERS: dict[str, Reader] = {
     "~text": lambda p: bytes.fromhex(p).decode("utf-8", "surrogatepass"),
     "~int": lambda p: int(p, 16),
     "~float": float,
@@ -386,3 +396,5 @@ _READERS: dict[str, Handler] = {
     "~timedelta": lambda p: datetime.timedelta(*p),
     "~path": _read_path,
 }
+
+Encoder.handlers = _HANDLERS

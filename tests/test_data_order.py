@@ -60,7 +60,7 @@ def test_an_order_is_a_permutation_that_its_arguments_alone_decide(
 ) -> None:
     order = shard_order(seed, epoch, shard, rows)
     assert sorted(order) == list(range(rows))
-    np.random.seed(epoch)  # noqa: NPY002 -- the point is that no global stream is used
+    np.random.seed(epoch)  # no global stream is used
     assert np.array_equal(order, shard_order(seed, epoch, shard, rows))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, feather
 
@@ -172,7 +173,7 @@ def test_equal_rows_give_equal_shards(
         assert found.file(shard).read_bytes() == expected.file(shard).read_bytes()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(deadline=None, max_examples=settings().max_examples // 4)  # each writes three sets
 @given(cuts=st.lists(st.integers(0, ROWS), max_size=8), seed=st.integers(0, 3), chunk=st.integers(1, 20_000))
 def test_batching_leaves_no_trace(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], seed: int, chunk: int
@@ -180,10 +181,8 @@ def test_batching_leaves_no_trace(
     folder = tmp_path_factory.mktemp("batching")
     table = tensors_table()
     edges = [0, *sorted(cuts), ROWS]  # empty batches included
-    batches = [table.slice(a, b - a).combine_chunks() for a, b in zip(edges, edges[1:], strict=False)]
-    pieces = [
-        batch for part in batches for batch in (part.to_batches() or [pa.RecordBatch.from_pylist([], part.schema)])
-    ]
+    batches = [table.slice(a, b - a).combine_chunks() for a, b in pairwise(edges)]
+    pieces = [batch for part in batches for batch in (part.to_batches() or [table.to_batches()[0].slice(0, 0)])]
     expected = ShardedDataset.write(table, folder / "expected", 5, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cerebro_tune.data.write._CHUNK_BYTES", chunk)
@@ -261,6 +260,12 @@ def test_what_cannot_be_read_is_refused(
     with pytest.raises(DataError, match=words):
         ShardedDataset.write(source, "target", 1)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    text = pa.Array.from_buffers(pa.binary(), 1, pa.array([b"\xff\xfe"]).buffers()).view(pa.string())
+    with pytest.raises(DataError, match="Invalid UTF8"):
+        ShardedDataset.write(pa.table({"x": text}), tmp_path / "d", 1)
 
 
 def test_a_column_that_one_file_lacks_is_named(tmp_path: Path) -> None:

@@ -105,7 +105,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
 ) -> None:
     for source in (table, pa.RecordBatchReader.from_batches(table.schema, table.to_batches())):
         with pytest.raises(DataError, match=words.replace("the table", "the (table|reader)")):
-            ShardedDataset.write(source, tmp_path / "d", **{"num_shards": 2 if len(table) > 1 else 1, **arguments})
+            ShardedDataset.write(
+                source, tmp_path / "a" / "d", **{"num_shards": 2 if len(table) > 1 else 1, **arguments}
+            )
         assert list(tmp_path.iterdir()) == []
 
 
@@ -165,7 +167,7 @@ import resource, sys
 import numpy as np, pyarrow as pa
 from cerebro_tune.data import ShardedDataset
 
-ROW_BYTES, BATCHES, ROWS, LIMIT = 4096, 120, 1000, 224 << 20
+ROW_BYTES, BATCHES, ROWS, LIMIT = 4096, 80, 1000, 144 << 20
 
 def batches():
     for number in range(BATCHES):
@@ -180,7 +182,7 @@ schema = next(batches()).schema
 limit = private_bytes() + LIMIT
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
-    np.ones(LIMIT, np.uint8)
+    np.ones(2 * LIMIT, np.uint8)
 except MemoryError:
     print("the limit is in force")
 data = ShardedDataset.write(pa.RecordBatchReader.from_batches(schema, batches()), sys.argv[1], 16)
@@ -190,8 +192,13 @@ print(data.num_rows * ROW_BYTES // LIMIT)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts private memory on Linux only")
 def test_a_source_larger_than_memory_is_written(tmp_path: Path) -> None:
-    """490 MB of rows with less than half of that to allocate from; mapped files are not counted, and can be evicted."""
-    settings = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
+    """330 MB of rows with less than half of that to allocate from; mapped files are not counted, and can be evicted."""
+    settings = {
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+        "MALLOC_ARENA_MAX": "2",
+        "OMP_NUM_THREADS": "1",
+        "ARROW_IO_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", BOUNDED, str(tmp_path / "d")],
         env={**os.environ, **settings},

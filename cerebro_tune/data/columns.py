@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# index_select knows no wide unsigned integers; the bits are the same.
+_SELECTABLE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 class Column(Protocol):
     """Values of one column of a shard."""
 
@@ -29,13 +33,17 @@ class TensorColumn:
     """Rows of one shape; the tensor lies in the mapped file."""
 
     def __init__(self, values: Tensor, form: TensorType) -> None:
-        self.values = values.view(-1, *form.shape)
+        self._dtype = values.dtype
+        stored = _SELECTABLE.get(values.dtype, values.dtype)
+        self._values = values.view(stored).view(-1, *form.shape)
         plain = form.axes == tuple(range(len(form.shape)))
         self._axes = None if plain else (0, *(axis + 1 for axis in form.axes))
 
     def take(self, rows: Tensor) -> Tensor:
         """One tensor, (rows, *shape)."""
-        found = torch.index_select(self.values, 0, rows)
+        found = torch.index_select(self._values, 0, rows)
+        if found.dtype is not self._dtype:
+            found = found.view(self._dtype)
         return found if self._axes is None else found.permute(self._axes)
 
 
@@ -89,17 +97,14 @@ def open_column(array: pa.Array[Any], mapped: Tensor) -> Column:
             if isinstance(array, pa.LargeListArray) and is_number_list(array.type)
             else ObjectColumn(array)
         )
-    length, offset = len(array) * form.row_values, 0
+    length = len(array) * form.row_values
     while isinstance(array, pa.ExtensionArray | pa.FixedSizeListArray):
         array = array.storage if isinstance(array, pa.ExtensionArray) else array.values
-    offset = array.offset
     data = array.buffers()[1]
-    if data is None or not length:  # an empty shape has no bytes to point at
-        dtype = torch.from_numpy(np.empty(0, array.type.to_pandas_dtype())).dtype
-        return TensorColumn(torch.empty((0,), dtype=dtype).expand(0), form)
+    assert data is not None, "a shard has at least one row, and a row of a tensor column at least one number"
     start = data.address - mapped.data_ptr()
     if pa.types.is_boolean(form.value):
-        return BitColumn(mapped[start : start + data.size], offset, form)
+        return BitColumn(mapped[start : start + data.size], array.offset, form)
     dtype = torch.from_numpy(np.empty(0, form.value.to_pandas_dtype())).dtype
-    start += offset * dtype.itemsize
+    start += array.offset * dtype.itemsize
     return TensorColumn(mapped[start : start + length * dtype.itemsize].view(dtype), form)

@@ -55,11 +55,11 @@ class ShardedDataset:
         stratify: a column whose values are to be spread evenly over the shards.
         columns: which columns to keep, in which order; None for all.
 
-        Rows are streamed: the memory needed is about 16 bytes a row and one shard. The disk holds the rows up to three
-        times while this runs. The result depends on the rows and the seed only. Until the set is complete it lies in a
-        hidden folder beside `path`, which a failure removes.
+        Rows are streamed: the memory needed is one shard and about 20 bytes a row (40 to stratify); the disk holds the
+        rows up to three times while this runs. The result depends on the rows and the seed only. Until the set is
+        complete it lies in a hidden folder beside `path`, which a failure removes.
         """
-        from cerebro_tune.data.write import write_shards  # noqa: PLC0415 -- readers need no file formats
+        from cerebro_tune.data.write import write_shards
 
         return cls.open(write_shards(source, path, num_shards, seed, stratify=stratify, columns=columns))
 
@@ -168,6 +168,6 @@ def _reopen(path: Path, columns: tuple[str, ...]) -> ShardedDataset:
 def _join(parts: Sequence[Any]) -> Any:
     if isinstance(parts[0], list):
         return [value for part in parts for value in part]
-    import torch  # noqa: PLC0415
+    import torch
 
     return torch.cat(list(parts))

@@ -43,13 +43,12 @@ def tensor_type(kind: pa.DataType) -> TensorType | None:
     if isinstance(kind, pa.FixedShapeTensorType):
         shape = tuple(kind.shape)
         axes = tuple(kind.permutation) if kind.permutation else tuple(range(len(shape)))
-        return TensorType(kind.value_type, shape, axes) if _is_number(kind.value_type) else None
+        return TensorType(kind.value_type, shape, axes) if _is_number(kind.value_type) and all(shape) else None
     if types.is_fixed_size_list(kind):
         inner = tensor_type(kind.value_type)
-        if inner is None:
+        if inner is None or not kind.list_size:
             return None
-        shape = (kind.list_size, *inner.shape)
-        return TensorType(inner.value, shape, tuple(range(len(shape))))
+        return TensorType(inner.value, (kind.list_size, *inner.shape), (0, *(axis + 1 for axis in inner.axes)))
     return TensorType(kind, (), ()) if _is_number(kind) else None
 
 
@@ -65,7 +64,7 @@ def canonical_schema(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Sch
     require_columns(names, schema.names)
     if not names:
         raise DataError("no columns: a training set needs at least one")
-    return pa.schema([pa.field(name, canonical_type(schema.field(name).type), nullable=False) for name in names])
+    return pa.schema([pa.field(name, canonical_type(schema.field(name).type)) for name in names])
 
 
 def require_columns(asked: Iterable[str], valid: Sequence[str]) -> None:

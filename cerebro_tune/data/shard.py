@@ -36,9 +36,9 @@ class TableShard:
     """
 
     def __init__(self, path: Path, entry: ShardEntry, schema: pa.Schema, columns: Sequence[str]) -> None:
-        import torch  # noqa: PLC0415 -- the core imports torch only where batches are made
+        import torch
 
-        from cerebro_tune.data.columns import open_column  # noqa: PLC0415
+        from cerebro_tune.data.columns import open_column
 
         self.rows = entry.rows
         self._columns = tuple(columns)
@@ -118,7 +118,7 @@ def _damaged(path: Path, what: str) -> DamagedShardError:
 
 
 def _as_tensor(rows: Rows) -> Tensor:
-    import torch  # noqa: PLC0415
+    import torch
 
     rows = np.ascontiguousarray(rows, dtype=np.int64)
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy())

@@ -33,8 +33,10 @@ _HUGGING_FACE_ROWS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A table to be read in order; `batches` takes the columns that are needed (it may give more), and may be called again when
-    `rows` is known."""
+    """A table to be read in order; see `batches` for which part.
+
+    batches: takes the columns that are needed; may give more, and may be called again when `rows` is known.
+    """
 
     name: str
     schema: pa.Schema
@@ -113,7 +115,7 @@ def _files(names: list[str]) -> Source:
 
 def _scan_format(kind: str) -> ds.FileFormat:
     if kind == "tsv":
-        from pyarrow import csv  # noqa: PLC0415 -- rare
+        from pyarrow import csv
 
         return ds.CsvFileFormat(parse_options=csv.ParseOptions(delimiter="\t"))
     formats: dict[str, Callable[[], ds.FileFormat]] = {
@@ -203,10 +205,12 @@ def _endings() -> str:
     return ", ".join(_FORMATS)
 
 
-def closing(name: str, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The batches, with Arrow's errors told as errors of the source."""
+def validated(name: str, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The batches, with Arrow's errors told as errors of the source; offsets and UTF-8 are looked at too."""
     try:
-        yield from batches
+        for batch in batches:
+            batch.validate(full=True)
+            yield batch
     except pa.ArrowException as error:
         raise DataError(
             f"{name} cannot be read to its end: {error}. (The types of CSV columns are guessed from the first block; "

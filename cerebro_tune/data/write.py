@@ -16,8 +16,9 @@ import hashlib
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import xxhash
 from cerebro_tune.data.manifest import FILE_NAME, Manifest, ShardEntry, shard_file
 from cerebro_tune.data.order import Rows, shard_bounds, stratified_order, write_order
 from cerebro_tune.data.schema import canonical_schema, conform, from_values, require_columns, tensor_type, to_values
-from cerebro_tune.data.sources import Source, closing, open_source
+from cerebro_tune.data.sources import Source, open_source, validated
 from cerebro_tune.errors import DataError
 
 # Rows in flight while the stream is sorted by shard: large enough for slices of some size, small beside a shard.
@@ -57,6 +58,7 @@ def write_shards(
         _check_classes(stratify, table.schema)
     # A sibling, so that the rename stays on one file system; hidden, so that a glob over data sets does not meet it.
     work = target.parent / f".{target.name}.writing-{secrets.token_hex(4)}"
+    made = [parent for parent in target.parents if not parent.exists()]
     work.mkdir(parents=True)
     try:
         entries = _write_into(work, table, schema, (num_shards, seed, stratify))
@@ -66,6 +68,10 @@ def write_shards(
         _move(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not target.exists():
+            with suppress(OSError):  # someone else has put something there meanwhile
+                for parent in made:
+                    parent.rmdir()
     return target
 
 
@@ -112,19 +118,22 @@ class _Spill:
                 here = places[first : first + len(batch)]
                 if len(here) < len(batch):
                     break
-                shard = np.searchsorted(self._bounds, here, side="right") - 1
-                order = np.argsort(shard, kind="stable").astype(np.int64, copy=False)
-                counts = np.bincount(shard, minlength=len(self._bounds) - 1)
-                self._cuts.append(np.concatenate([[0], np.cumsum(counts)]))
-                sorted_rows = batch.take(order)
-                place = pa.array((here - self._bounds[shard])[order])
-                out.write_batch(pa.RecordBatch.from_arrays([*sorted_rows.columns, place], schema=stored))
+                out.write_batch(self._sorted(batch, here, stored))
                 first += len(batch)
+                del batch  # or it lives on while the next is put together
         if first != len(places):
             raise DataError(f"{table.name} announced {len(places)} rows and gave a different number; was it changed?")
         self._mapped = pa.memory_map(str(self._path))
         reader = pa.ipc.open_file(self._mapped)
         self._chunks = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+
+    def _sorted(self, batch: pa.RecordBatch, places: Rows, stored: pa.Schema) -> pa.RecordBatch:
+        shard = np.searchsorted(self._bounds, places, side="right") - 1
+        order = np.argsort(shard, kind="stable").astype(np.int64, copy=False)
+        counts = np.bincount(shard, minlength=len(self._bounds) - 1)
+        self._cuts.append(np.concatenate([[0], np.cumsum(counts)]))
+        place = pa.array((places - self._bounds[shard])[order])
+        return pa.RecordBatch.from_arrays([*batch.take(order).columns, place], schema=stored)
 
     def gather(self, shard: int) -> pa.RecordBatch:
         """The rows of a shard in their final order."""
@@ -165,7 +174,7 @@ def _chunks(table: Source, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The rows in canonical form, in batches of about `_CHUNK_BYTES` whatever the source's were."""
     waiting: list[pa.RecordBatch] = []
     rows = size = 0
-    for raw in closing(table.name, table.batches(schema.names)):
+    for raw in validated(table.name, table.batches(schema.names)):
         if not len(raw):
             continue
         batch = conform(raw, schema, rows)
@@ -175,16 +184,19 @@ def _chunks(table: Source, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
             waiting.append(batch.slice(start, step))
             size += waiting[-1].nbytes
             if size >= _CHUNK_BYTES:
-                yield _joined(waiting)
-                waiting, size = [], 0
+                yield _drain(waiting)
+                size = 0
+        del raw, batch  # or they live on while the source makes the next
     if waiting:
-        yield _joined(waiting)
+        yield _drain(waiting)
 
 
-def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    if len(batches) == 1:
-        return batches[0]
-    joined: pa.RecordBatch = pa.concat_batches(batches)  # type: ignore[attr-defined]  # missing from the stubs
+def _drain(waiting: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """The batches in one; the list is emptied, so that they do not stay in memory beside the result."""
+    joined = waiting[0]
+    if len(waiting) > 1:
+        joined = pa.concat_batches(waiting)  # type: ignore[attr-defined]  # missing from the stubs
+    waiting.clear()
     return joined
 
 
@@ -225,7 +237,7 @@ def _classes(table: Source, name: str) -> npt.NDArray[np.int32]:
     numbers: dict[Any, int] = {}
     found = []
     rows = 0
-    for raw in closing(table.name, table.batches([name])):
+    for raw in validated(table.name, table.batches([name])):
         encoded = conform(raw, schema, rows).column(0).dictionary_encode()
         codes = [numbers.setdefault(value, len(numbers)) for value in encoded.dictionary.to_pylist()]
         found.append(np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()])
@@ -264,6 +276,8 @@ def _write_durably(path: Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return  # folders cannot be opened there
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -273,7 +287,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _move(work: Path, target: Path) -> None:
     try:
-        work.replace(target)  # also over an empty folder, in one step
+        if target.exists():
+            target.rmdir()  # it was empty when this began; Windows does not rename over a folder
+        work.replace(target)
     except OSError as error:
         if target.exists():
             raise DataError(

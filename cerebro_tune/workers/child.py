@@ -15,7 +15,19 @@ from threading import Lock, Thread
 from cerebro_tune.errors import StateMemoryError
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import WorkerId
-from cerebro_tune.workers.messages import Exit, Forget, Grant, Joined, Message, NeedBuffer, Output, Ready, Rest, Setup, Task
+from cerebro_tune.workers.messages import (
+    Exit,
+    Forget,
+    Grant,
+    Joined,
+    Message,
+    NeedBuffer,
+    Output,
+    Ready,
+    Rest,
+    Setup,
+    Task,
+)
 from cerebro_tune.workers.runner import UnitRunner, run_task, set_up
 
 

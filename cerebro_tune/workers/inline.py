@@ -22,7 +22,7 @@ class InlineWorkers(Workers):
 
     def __init__(self, devices: Sequence[str], threads: int) -> None:
         super().__init__(devices, threads)
-        self._orders: deque[tuple[WorkerId, Order]] = deque()
+        self._tasks: deque[tuple[WorkerId, Task]] = deque()
         self._said: deque[Message] = deque()
         self._runners: dict[WorkerId, UnitRunner] = {}
         self._pipe: WakePipe | None = None
@@ -34,13 +34,23 @@ class InlineWorkers(Workers):
             self.restart(worker)
 
     def send(self, worker: WorkerId, order: Order) -> None:  # noqa: D102
-        self._orders.append((worker, order))
+        runner = self._runners[worker]
+        match order:
+            case Task():
+                self._tasks.append((worker, order))
+            case Setup():
+                self._said.append(Ready(worker, set_up(runner, order)))
+            case Forget():
+                runner.forget(order)
+            case Rest() | Exit():
+                runner.close()
 
     def wait(self, timeout_s: float | None = None) -> list[Message]:  # noqa: D102
         assert self._pipe is not None, "wait before start"
-        while not self._said and self._orders:
-            worker, order = self._orders.popleft()
-            self._obey(self._runners[worker], order)
+        if not self._said and self._tasks:
+            worker, task = self._tasks.popleft()
+            with _borrowed_process(self.threads):
+                self._said.append(run_task(self._runners[worker], task))
         if not self._said:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._pipe.reader, selectors.EVENT_READ)
@@ -55,7 +65,7 @@ class InlineWorkers(Workers):
             self._pipe.ring()
 
     def restart(self, worker: WorkerId) -> None:  # noqa: D102
-        self._orders = deque((whose, order) for whose, order in self._orders if whose != worker)
+        self._tasks = deque((whose, task) for whose, task in self._tasks if whose != worker)
         if runner := self._runners.pop(worker, None):
             runner.close()
         self._runners[worker] = UnitRunner(worker, self.devices[worker.number], self._grow)
@@ -65,23 +75,11 @@ class InlineWorkers(Workers):
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
-        self._orders.clear()
+        self._tasks.clear()
         self._said.clear()
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
-
-    def _obey(self, runner: UnitRunner, order: Order) -> None:
-        match order:
-            case Setup():
-                self._said.append(Ready(runner.worker, set_up(runner, order)))
-            case Task():
-                with _borrowed_process(self.threads):
-                    self._said.append(run_task(runner, order))
-            case Forget():
-                runner.forget(order)
-            case Rest() | Exit():
-                runner.close()
 
 
 @contextmanager

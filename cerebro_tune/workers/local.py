@@ -31,16 +31,17 @@ class _Seat:
     worker: WorkerId
     connection: Connection
     pid: int
-    process: subprocess.Popen[bytes] | None
-    """Only for a worker in an interpreter of its own; a forked one is the server's child."""
+    parent: _Server | subprocess.Popen[bytes]
+    """Who tells how it ended: the server that forked it, or the handle of an interpreter of its own."""
 
 
 class LocalWorkers(Workers):
     """Forked by a server process; in fresh interpreters where CUDA is used (it cannot be forked) or on macOS."""
 
-    def __init__(self, devices: Sequence[str], threads: int) -> None:
+    def __init__(self, devices: Sequence[str], threads: int, fork: bool | None = None) -> None:
         super().__init__(devices, threads)
-        self._fresh = sys.platform != "linux" or any(device.startswith("cuda") for device in devices)
+        may_fork = sys.platform == "linux" and not any(device.startswith("cuda") for device in devices)
+        self._fork = may_fork if fork is None else fork
         self._seats: dict[WorkerId, _Seat] = {}
         self._server: _Server | None = None
         self._pipe: WakePipe | None = None
@@ -59,23 +60,18 @@ class LocalWorkers(Workers):
             self._unseat(seat, kill=True)
         ours, theirs = socket.socketpair()
         with theirs:
-            process: subprocess.Popen[bytes] | None = None
-            if self._fresh:
-                process = subprocess.Popen(
-                    server.command("child", theirs.fileno()), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )  # fmt: skip
-                pid = process.pid
-            else:
-                pid = self._live_server().fork(theirs)
+            parent = self._live_server() if self._fork else _interpreter("child", theirs)
+            pid = parent.fork(theirs) if isinstance(parent, _Server) else parent.pid
         connection = Connection(ours.detach())
-        self._seats[worker] = _Seat(worker, connection, pid, process)
+        self._seats[worker] = _Seat(worker, connection, pid, parent)
         self._selector.register(connection, selectors.EVENT_READ, self._seats[worker])
-        connection.send(self._boot(worker))
+        with suppress(BrokenPipeError, ConnectionResetError):
+            connection.send(self._boot(worker))
 
     def send(self, worker: WorkerId, order: Order) -> None:  # noqa: D102
-        with suppress(BrokenPipeError, ConnectionResetError):  # it is gone; `wait` will say so
-            self._seats[worker].connection.send(order)
+        if seat := self._seats.get(worker):
+            with suppress(BrokenPipeError, ConnectionResetError):  # it is gone; `wait` will say so
+                seat.connection.send(order)
 
     def wait(self, timeout_s: float | None = None) -> list[Message]:  # noqa: D102
         assert self._pipe is not None, "wait before start"
@@ -112,6 +108,9 @@ class LocalWorkers(Workers):
         return {worker: seat.pid for worker, seat in self._seats.items()}
 
     def _live_server(self) -> _Server:
+        if self._server is not None and self._server.gone:
+            self._server.close()
+            self._server = None
         if self._server is None:
             self._server = _Server()
         return self._server
@@ -151,15 +150,24 @@ class LocalWorkers(Workers):
         if kill:
             with suppress(ProcessLookupError):
                 os.kill(seat.pid, signal.SIGKILL)
-        if seat.process is None:
-            assert self._server is not None, "a forked worker without a server"
-            status = self._server.status_of(seat.pid)
-            return "its server died" if status is None else _told(os.waitstatus_to_exitcode(status))
+        if isinstance(seat.parent, _Server):
+            status = seat.parent.status_of(seat.pid)
+            return "nobody saw how, its server was gone" if status is None else _told(os.waitstatus_to_exitcode(status))
         try:
-            return _told(seat.process.wait(_END_S))
+            return _told(seat.parent.wait(_END_S))
         except subprocess.TimeoutExpired:
-            seat.process.kill()
-            return _told(seat.process.wait())
+            seat.parent.kill()
+            return _told(seat.parent.wait())
+
+
+def _interpreter(module: str, theirs: socket.socket) -> subprocess.Popen[bytes]:
+    """A fresh interpreter that runs a module of ours on this socket, in a session that Ctrl-C does not reach."""
+    return subprocess.Popen(
+        server.command(module, theirs.fileno()),
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 class _Server:
@@ -168,11 +176,13 @@ class _Server:
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                server.command("server", theirs.fileno()), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )  # fmt: skip
+            self._process = _interpreter("server", theirs)
         self._ended: dict[int, int] = {}
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
 
     def fork(self, theirs: socket.socket) -> int:
         """Fork a worker onto this socket; return its pid."""
@@ -189,7 +199,7 @@ class _Server:
             ) from error
 
     def status_of(self, pid: int) -> int | None:
-        """The wait status of a worker that is ending, killed if it takes too long; None if the server itself is gone."""
+        """The wait status of a worker that is ending, killed if it takes too long; None if the server is gone."""
         self._control.settimeout(_END_S)
         try:
             while pid not in self._ended:

@@ -66,8 +66,8 @@ class UnitRunner:
         loss = metrics.get("train_loss", 0.0)
         if not math.isfinite(loss):
             raise NonFiniteLossError(
-                f"The training loss of {task.unit.trial} is {loss} in epoch {task.unit.epoch}, shard {task.unit.shard}: "
-                "lower the learning rate, clip gradients, or look for bad rows in that shard."
+                f"The training loss of {task.unit.trial} is {loss} in epoch {task.unit.epoch}, "
+                f"shard {task.unit.shard}: lower the learning rate, clip gradients, or look for bad rows in that shard."
             )
         tree = trainable.state_dict()
         used, digest = self._write(task.unit.trial, working, tree)
@@ -246,7 +246,7 @@ class _ValidationBatches:
 
     def __len__(self) -> int:
         rows = self._dataset.num_rows if self._rows is None else len(self._rows)
-        return -(-rows // self._batch_size)
+        return math.ceil(rows / self._batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         return self._dataset.batches_of(self._batch_size, self._form, self._rows)

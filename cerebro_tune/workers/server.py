@@ -23,7 +23,9 @@ ANSWER = struct.Struct("<qq")
 
 FORK = b"f"
 
-PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from cerebro_tune.workers.{module} import main; main()"
+PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from cerebro_tune.workers.{module} import main; main()"
+)
 """What the interpreter of a server or of a fresh worker runs: the coordinator's own path, then `main`."""
 
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from cerebro_tune.errors import MissingHostError
+
 if TYPE_CHECKING:
     from cerebro_tune_lightning.reseed import ReseedCallback as ReseedCallback
     from cerebro_tune_lightning.trainable import LightningTrainable as LightningTrainable
@@ -23,7 +25,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not find_spec("pytorch_lightning") and not find_spec("lightning"):
-        from cerebro_tune.errors import MissingHostError
-
         raise MissingHostError('cerebro_tune_lightning needs PyTorch Lightning: pip install "cerebro-tune[lightning]"')
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""A module's tensors and flags, out of it and into it: what a trial's state has of them beside a Lightning checkpoint."""
+"""A module's tensors and flags, out of it and into it."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+EXTRAS = "cerebro_tune"
+"""The key of a checkpoint under which lies what Lightning's own keys do not hold."""
+
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -26,13 +29,14 @@ def make_safe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return sieve.mapping(values, ""), sieve.left_out
 
 
-def export(checkpoint: Mapping[str, Any], left_out: list[str], path: Path) -> None:
-    """Write a checkpoint, whole or not at all; warn of what is left out of it (`left_out` names what already was)."""
+def export(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a trial's state as a checkpoint file, whole or not at all; warn of what cannot be in it, by name."""
     safe, skipped = make_safe(checkpoint)
-    if skipped or left_out:
+    skipped += [f"hyper_parameters.{name}" for name in checkpoint[EXTRAS]["left_out"]]
+    if skipped:
         warnings.warn(
-            f"{path.name} leaves out {', '.join([*left_out, *skipped])}, which torch.load(weights_only=True) would "
-            "refuse. Pass it to load_from_checkpoint where it is needed.",
+            f"{path.name} leaves out {', '.join(skipped)}, which torch.load(weights_only=True) would refuse. "
+            "Pass to load_from_checkpoint what the module needs of it.",
             stacklevel=2,
         )
     partial = path.with_name(path.name + ".partial")
@@ -72,7 +76,7 @@ class _Sieve:
         if kind in (OrderedDict, Counter):
             ordered = kind(self.mapping(value, f"{path}."))
             if hasattr(value, "_metadata"):  # the versions of a module's parts
-                ordered._metadata = value._metadata
+                vars(ordered)["_metadata"] = value._metadata
             return ordered
         if isinstance(value, dict):
             return self.mapping(value, f"{path}.")

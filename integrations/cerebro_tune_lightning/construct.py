@@ -10,9 +10,6 @@ from typing import Any, get_origin
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.trainable import Config
 
-OURS = frozenset({"batch_size", "epochs"})
-"""Keys of a config that are the executor's where the module does not take them itself."""
-
 _MAPPING_NAMES = frozenset({"config", "hparams", "conf", "cfg", "params"})
 _KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -30,12 +27,13 @@ def mapping_parameter(cls: type, config: Config) -> str | None:
     annotated nor matched by any key of the config.
     """
     parameters = parameters_of(cls)
+    keys = config.keys() - {"batch_size", "epochs"}  # these say nothing about the class
     required = [p for p in parameters.values() if p.default is p.empty and p.kind in (*_KEYWORD, *_POSITIONAL)]
     if len(required) != 1 or required[0].kind not in _POSITIONAL or required[0].name in config:
         return None
     only = required[0]
     if only.annotation in (only.empty, Any, "Any"):
-        return only.name if only.name in _MAPPING_NAMES or not config.keys() & parameters.keys() else None
+        return only.name if only.name in _MAPPING_NAMES or (keys and not keys & parameters.keys()) else None
     return only.name if _is_mapping(only.annotation) else None
 
 
@@ -52,14 +50,15 @@ def takes(cls: type, key: str) -> bool:
     return parameter is not None and parameter.kind in _KEYWORD
 
 
-def arguments(cls: type, config: Config) -> dict[str, Any]:
-    """The keywords of the config that the class is called with: all but those that are the executor's."""
-    return {key: value for key, value in config.items() if key not in OURS or takes(cls, key)}
+def reads(cls: type, key: str, config: Config) -> bool:
+    """Whether the key can make a difference when a module is built."""
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters_of(cls).values())
+    return open_ended or takes(cls, key) or mapping_parameter(cls, config) is not None
 
 
 def construct(cls: type, config: Config) -> Any:
     """Make a module of the config."""
-    return cls(dict(config)) if mapping_parameter(cls, config) else cls(**arguments(cls, config))
+    return cls(dict(config)) if mapping_parameter(cls, config) else cls(**config)
 
 
 def check_config(cls: type, config: Config) -> None:
@@ -67,11 +66,10 @@ def check_config(cls: type, config: Config) -> None:
     if mapping_parameter(cls, config):
         return
     parameters = parameters_of(cls)
-    given = arguments(cls, config)
     valid = [name for name, p in parameters.items() if p.kind in _KEYWORD]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unexpected = [] if open_ended else [key for key in given if key not in valid]
-    missing = [name for name in valid if parameters[name].default is inspect.Parameter.empty and name not in given]
+    unexpected = [] if open_ended else [key for key in config if key not in valid]
+    missing = [name for name in valid if parameters[name].default is inspect.Parameter.empty and name not in config]
     if not unexpected and not missing:
         return
     problems = []
@@ -81,7 +79,7 @@ def check_config(cls: type, config: Config) -> None:
         problems.append(f"it needs {', '.join(missing)}")
     raise ConfigurationError(
         f"{cls.__name__} cannot be built from the config {dict(config)!r}: {' and '.join(problems)}. "
-        f"Valid keys are {', '.join(valid) or 'none'}, and {' and '.join(sorted(OURS))} for the executor."
+        f"Valid keys are {', '.join(valid) or 'none'}; batch_size and epochs are the executor's."
     )
 
 

@@ -1,6 +1,6 @@
 """All that is private to Lightning's loops: one Trainer per trial and worker, whose fit loop is entered unit by unit.
 
-Tested with pytorch-lightning 2.6.x (2.6.6), where it gives the same bits as one `Trainer.fit`. The order of calls is
+Tested with 2.6.0 to 2.6.6, where it gives the same bits as one `Trainer.fit`. The order of calls is
 that of `_FitLoop.run` and `_TrainingEpochLoop.run`:
 
     fit_loop.reset, on_run_start                                      at the first unit in this worker
@@ -15,9 +15,8 @@ on from a checkpoint for a restarted one, and leaves that scheduler out at its e
 from __future__ import annotations
 
 import copy
-import logging
 import math
-import warnings
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
@@ -28,6 +27,7 @@ import torch
 from cerebro_tune.errors import NotTrainableError
 from cerebro_tune.trainable import Plan, UnitWork
 from cerebro_tune_lightning import results
+from cerebro_tune_lightning.quiet import quiet
 
 _VALID = "What can be trained is a module with training_step, automatic optimization and one optimizer."
 
@@ -41,7 +41,7 @@ class KeptTrainer:
             raise NotTrainableError(f"{type(module).__name__} uses manual optimization. {_VALID}")
         self._train, self._validation = _Feed(plan.batches_per_epoch), _Feed(1)
         self._watcher = _make_watcher(import_module(host).Callback)
-        with _quiet():
+        with quiet():
             self.trainer = self._set_up(plan, trainer_kwargs)
         self._fit = self.trainer.fit_loop
         self._epoch = self._fit.epoch_loop
@@ -145,7 +145,11 @@ class KeptTrainer:
             with suppress(_Ready):
                 trainer._fit_impl(self.module, self._train, self._validation)
             trainer.fit_loop.setup_data()
-        except self._get("utilities.exceptions").MisconfigurationException as error:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        except Exception as error:
+            if not _raiser(error).startswith(f"{self._host}."):
+                raise  # the module's own
             raise NotTrainableError(f"Lightning refuses {type(self.module).__name__}: {error} {_VALID}") from error
         finally:
             trainer._signal_connector.teardown()  # signals are the worker's
@@ -155,7 +159,7 @@ class KeptTrainer:
         name = type(self.module).__name__
         optimizers = self.trainer.optimizers
         if len(optimizers) != 1 or isinstance(optimizers[0], self._get("core.optimizer")._MockOptimizer):
-            raise NotTrainableError(f"{name}.configure_optimizers returned {len(optimizers) or 'no'} optimizer: {_VALID}")
+            raise NotTrainableError(f"{name}.configure_optimizers gave {len(optimizers) or 'no'} optimizer. {_VALID}")
         callbacks = self._get("callbacks")
         for callback in self.trainer.callbacks:
             if isinstance(callback, callbacks.EarlyStopping | callbacks.Checkpoint):
@@ -183,7 +187,7 @@ class KeptTrainer:
         if work.validation is not None:
             trainer.val_check_batch = done + batches
             self._validation.batches, self._validation.length = work.validation, len(work.validation)
-            epoch.val_loop._combined_loader = None  # so that it looks at the new length
+            epoch.val_loop._max_batches = [len(work.validation)]
         return fetcher
 
     def _advance(self, fetcher: Any) -> None:
@@ -258,7 +262,7 @@ class _Noted(dict[str, Any]):
 def _make_watcher(base: type) -> Any:
     """The callback that keeps a unit's losses and times its validation; `base` is the Callback of either package."""
 
-    class Watcher(base):  # type: ignore[misc, valid-type]  # known only when the module's class is
+    class Watcher(base):  # type: ignore[misc]  # known only when the module's class is
         losses: list[torch.Tensor | None]
 
         @contextmanager
@@ -284,6 +288,12 @@ def _make_watcher(base: type) -> Any:
     return Watcher()
 
 
+def _raiser(error: BaseException) -> str:
+    """The name of the module whose code raised."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals["__name__"])
+
+
 def _weighted_mean(losses: Sequence[torch.Tensor | None], rows: Sequence[int]) -> float:
     """The mean over rows; a batch whose `training_step` returned None has no loss and does not count."""
     counted = [(loss, n) for loss, n in zip(losses, rows, strict=True) if loss is not None]
@@ -296,18 +306,3 @@ def _weighted_mean(losses: Sequence[torch.Tensor | None], rows: Sequence[int]) -
 def _placement(device: str) -> dict[str, Any]:
     kind, _, index = device.partition(":")
     return {"accelerator": "gpu" if kind == "cuda" else kind, "devices": [int(index)] if index else 1}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Lightning says about a Trainer that is not the user's."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

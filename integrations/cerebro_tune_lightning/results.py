@@ -1,6 +1,6 @@
 """Metrics in the making: what was logged in an epoch that is not over, and the states of torchmetrics.
 
-Private to Lightning's result collection, tested with 2.6.x (2.6.6). None of it is in a Lightning checkpoint.
+The first half is private to Lightning, tested with 2.6.0 to 2.6.6. None of this is in a Lightning checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-_META = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute")
+_META = (
+    "fx",
+    "name",
+    "prog_bar",
+    "logger",
+    "on_step",
+    "on_epoch",
+    "enable_graph",
+    "add_dataloader_idx",
+    "metric_attribute",
+)
 _REDUCTIONS = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
 _BUILTIN_REDUCTIONS = {"sum": sum, "min": min, "max": max}
 
@@ -28,8 +38,10 @@ def pack(values: Mapping[str, Any]) -> dict[str, Any]:
 def unpack(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What `pack` was given."""
     return {
-        name: torch.tensor(value[1], dtype=getattr(torch, value[0]), device=device) if isinstance(value, list) else value
-        for name, value in values.items()
+        name: torch.tensor(packed[1], dtype=getattr(torch, packed[0]), device=device)
+        if isinstance(packed, list)
+        else packed
+        for name, packed in values.items()
     }
 
 

@@ -1,0 +1,32 @@
+"""Silence for the Trainers that are ours, while they are set up."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LOGGERS = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")
+_NOISE = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # torch to Lightning's CombinedLoader
+    "The number of training batches .* is smaller than the logging interval",  # the logger here is not the user's
+    "(GPU|MPS|TPU) available but not used",  # which device a worker uses is the executor's choice
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says about a Trainer that is not the user's."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,69 @@
+"""What every test may use, and what every test must leave behind: nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, settings
+
+from cerebro_tune import ShardedDataset
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("soak", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=2000)
+settings.load_profile("default")
+
+
+def _held() -> dict[str, set[str]]:
+    """Processes, threads, descriptors of pipes, sockets and memory files, and mappings of state buffers."""
+    descriptors = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:
+            continue
+        if target.startswith(("pipe:", "socket:", "/memfd:", "anon_inode:")):
+            descriptors.add(f"{number} -> {target}")
+    mappings = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line}
+    children = {f"{child.pid} {child.name()}" for child in psutil.Process().children(recursive=True)}
+    threads = {thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio")}
+    return {"processes": children, "threads": threads, "descriptors": descriptors, "mappings": mappings}
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing() -> Iterator[None]:
+    """Fail a test after which a process, thread, descriptor or shared memory is left that was not there before."""
+    before = _held()
+    yield
+    gc.collect()
+    left = {kind: sorted(things - before[kind]) for kind, things in _held().items()}
+    assert not any(left.values()), (
+        f"the test left behind: { {kind: things for kind, things in left.items() if things} }"
+    )
+
+
+def points(rows: int, seed: int = 0) -> pa.Table:
+    """A classification task that a linear model learns: `x` of 8 floats, `y` of 2 classes."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, 8)).astype("float32")
+    y = (x @ np.arange(1, 9) > 0).astype("int64")
+    return pa.table({"x": pa.FixedSizeListArray.from_arrays(x.ravel(), 8), "y": y})
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
+    """Four shards of 51, 51, 50 and 50 rows: no batch size in use divides them."""
+    return ShardedDataset.write(points(202), tmp_path_factory.mktemp("data") / "train", num_shards=4)
+
+
+@pytest.fixture(scope="session")
+def validation(tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
+    """100 rows of the same task."""
+    return ShardedDataset.write(points(100, seed=1), tmp_path_factory.mktemp("data") / "validation", num_shards=1)

@@ -1,0 +1,130 @@
+"""LightningModules that the tests train; importable in the workers, because the tests' folder is on their path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import BinaryAccuracy
+
+
+class Momentum(pl.LightningModule):
+    """SGD with momentum and a rate per epoch; dropout and BatchNorm."""
+
+    def __init__(self, lr: float = 0.05, width: int = 16, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(
+            nn.Linear(8, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 2)
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+class MultiStep(Momentum):
+    """A schedule whose state has a Counter with int keys."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+        return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2], gamma=0.5)]
+
+
+class OneCycle(Momentum):
+    """AdamW, and a rate per step over the whole horizon."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
+        steps = self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams["lr"], total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Plateau(Momentum):
+    """A rate that falls whenever the validation loss is not a hundredth of what it was: each epoch but the first."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.99)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+class Busy(OneCycle):
+    """Much that modules do: augmentation, warm-up, tied weights, torchmetrics, state of its own in checkpoints."""
+
+    def __init__(self, lr: float = 0.05, width: int = 8) -> None:
+        super().__init__(lr, width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+        self.outer.weight = self.inner.weight
+        self.accuracy = BinaryAccuracy()
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+        self.noise = 0.0
+
+    def on_train_epoch_start(self) -> None:
+        self.noise = float(torch.rand(()))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return (x + 0.1 * torch.randn_like(x), y) if self.trainer.training else batch
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        optimizer.step(closure=closure)
+        if self.trainer.global_step < 5:
+            for group in optimizer.param_groups:
+                group["lr"] *= (self.trainer.global_step + 1) / 5
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        self.mean.lerp_(x.mean(0), 0.1)
+        hidden = self.net[:4](x + 0.01 * self.noise - self.mean)
+        scores = self.net[4](self.outer(self.inner(hidden).relu()) + hidden)
+        self.accuracy(scores.argmax(1), y)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        loss = F.cross_entropy(scores, y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        return {"loss": loss, "scores": scores.detach()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        scores = self.net(x - self.mean + 0.1 * torch.randn_like(x))
+        self.log("val_loss", F.cross_entropy(scores, y))
+        self.log("val_noise", torch.rand(()))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["noise"] = {"now": self.noise}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.noise = checkpoint["noise"]["now"]
+
+
+class Logging(pl.LightningModule):
+    """One weight that never moves, so that what is logged can be computed by hand; rows are x of 8 floats."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.scale * self.weight * batch[0].square().mean()
+        self.log("mean_x", batch[0].mean(), on_step=False, on_epoch=True)
+        self.log("last_x", batch[0].mean())
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log_dict({"val_loss": batch[0].square().mean(), "val_rows": float(len(batch[0]))})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)

@@ -1,0 +1,89 @@
+"""Trainables that the tests train; importable in the workers, because the tests' folder is on their path."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cerebro_tune import Plan, TorchTrainable
+
+
+class Linear(TorchTrainable):
+    """Logistic regression by SGD with momentum."""
+
+    def build(self, config: Any, plan: Plan) -> Any:
+        model = nn.Linear(8, 2)
+        return model, torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9)
+
+    def training_step(self, model: nn.Module, batch: Any) -> Any:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def validation_step(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        scores = model(batch[0])
+        return {
+            "val_loss": F.cross_entropy(scores, batch[1]),
+            "val_accuracy": (scores.argmax(1) == batch[1]).float().mean(),
+        }
+
+
+class Deep(Linear):
+    """Dropout and BatchNorm: random numbers and buffers."""
+
+    def build(self, config: Any, plan: Plan) -> Any:
+        model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 2))
+        return model, torch.optim.AdamW(model.parameters(), lr=config["lr"])
+
+
+class Raising(Linear):
+    """Raises where the config says: {"raise_in": (epoch, shard)}."""
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        if self.state.plan and self._config.get("raise_in") == (work.epoch, work.shard):
+            raise RuntimeError("this unit was told to raise")
+        return super().run_unit(work)
+
+
+class Diverging(Linear):
+    """Loses its loss to NaN at once."""
+
+    def training_step(self, model: nn.Module, batch: Any) -> Any:
+        return super().training_step(model, batch) * float("nan")
+
+
+class Talking(Linear):
+    """Prints, warns, and writes to stderr in each unit."""
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        print("hello from a unit")
+        print("to stderr", file=sys.stderr)
+        warnings.warn("a warning of user code", UserWarning, stacklevel=1)
+        return super().run_unit(work)
+
+
+class Mortal(Deep):
+    """Kills its own worker in the middle of the units in config["die"], config["times"] times each.
+
+    A mark in the folder config["marks"] counts each death.
+    """
+
+    def training_step(self, model: nn.Module, batch: Any) -> Any:
+        loss = super().training_step(model, batch)
+        if self.place in self._config.get("die", []):
+            mark = "{}-{}-".format(*self.place)
+            deaths = len(list(Path(self._config["marks"]).glob(f"{mark}*")))
+            if deaths < self._config["times"]:
+                Path(self._config["marks"], f"{mark}{deaths}").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        self.place = (work.epoch, work.shard)
+        return super().run_unit(work)

@@ -1,0 +1,449 @@
+"""Lightning modules unit by unit, in this process: where their tensors live, what they report, what they refuse."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+import cerebro_tune_lightning
+from cerebro_tune import Plan, ShardedDataset, state
+from cerebro_tune.buffers import Mapped
+from cerebro_tune.data import BatchForm
+from cerebro_tune.data.order import batch_sizes, shard_order
+from cerebro_tune.errors import ConfigurationError, NotTrainableError, StateError
+from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
+from cerebro_tune.trainable import Trainable, UnitWork, as_recipe
+from cerebro_tune_lightning import LightningTrainable
+from cerebro_tune_lightning.adapt import adapt
+from lightning_nets import Busy, Logging, Momentum, OneCycle
+
+BATCH = 16
+
+
+class Batches:
+    """What a worker would feed: a shard in its order, reseeded at the first batch."""
+
+    def __init__(self, dataset: ShardedDataset, epoch: int, shard: int) -> None:
+        self.dataset, self.epoch, self.shard = dataset, epoch, shard
+        self.sizes = batch_sizes(dataset.rows(shard), BATCH)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = shard_order(0, self.epoch, self.shard, self.dataset.rows(self.shard))
+        seed_unit(0, 0, self.epoch, self.shard)
+        yield from self.dataset.shard(self.shard).batches(order, self.sizes, BatchForm())
+
+
+class ValidationBatches:
+    """The first rows of the validation set."""
+
+    def __init__(self, dataset: ShardedDataset, rows: int) -> None:
+        self.dataset, self.rows = dataset, np.arange(rows)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / BATCH)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.dataset.batches_of(BATCH, BatchForm(), self.rows)
+
+
+class Hopping:
+    """One trial that hops between two kept trainables, through buffers as in the workers."""
+
+    def __init__(self, recipe: Any, config: Mapping[str, Any], train: ShardedDataset, epochs: int = 2) -> None:
+        self.train, self.config = train, config
+        self.plan = Plan(
+            epochs, BATCH, tuple(train.rows(shard) for shard in range(train.num_shards)), accumulate=recipe.accumulate
+        )
+        self.seats: list[Trainable] = []
+        for _ in range(2):
+            seed_build(0, 0)
+            self.seats.append(recipe.create())
+            self.seats[-1].start(config, self.plan)
+        self.buffers = [Mapped.private(1 << 20), Mapped.private(1 << 20)]
+        self.units = self.validations = self.used = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return divmod(self.units, self.train.num_shards)
+
+    def unit(self, validation: Any = None) -> dict[str, float]:
+        """Run the next unit where the last one did not run."""
+        epoch, shard = self.place
+        seat = self.seats[self.units % 2]
+        self.buffers.reverse()
+        committed, working = self.buffers
+        if self.units:
+            working.memory[: self.used] = committed.memory[: self.used]
+            seat.load_state_dict(state.read(working))
+        seed_unit(0, 0, epoch, shard)
+        last = shard == self.train.num_shards - 1
+        work = UnitWork(epoch, shard, shard, last, Batches(self.train, epoch, shard), validation, self._validating)
+        metrics = seat.run_unit(work)
+        self.used = state.write(seat.state_dict(), working)
+        self.units += 1
+        return metrics
+
+    @contextmanager
+    def _validating(self) -> Iterator[None]:
+        self.validations += 1
+        seed_validation(0, 0, *self.place)
+        yield
+
+    @property
+    def seat(self) -> Any:
+        """Where the last unit ran."""
+        return self.seats[(self.units - 1) % 2]
+
+    @property
+    def tree(self) -> Any:
+        """The state as the next unit would get it."""
+        return state.read(self.buffers[1])
+
+    def close(self) -> None:
+        for seat in self.seats:
+            seat.close()
+        for buffer in self.buffers:
+            buffer.close()
+
+
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from tensors_of(value)
+
+
+@pytest.mark.parametrize(("kind", "kwargs"), [(OneCycle, {}), (Busy, {"accumulate_grad_batches": 3})])
+def test_the_state_is_trained_in_the_buffer(train: ShardedDataset, kind: Any, kwargs: dict[str, Any]) -> None:
+    hopping = Hopping(LightningTrainable(kind, trainer_kwargs=kwargs), {"lr": 0.05}, train)
+    hopping.unit()
+    for _ in range(4):
+        hopping.unit()
+        tree, buffer = hopping.seat.state_dict(), hopping.buffers[1]
+        places = [
+            t.data_ptr() - buffer.address for part in ("state_dict", "optimizer_states") for t in tensors_of(tree[part])
+        ]
+        assert len(places) > 10
+        assert all(0 <= place < hopping.used for place in places)
+    hopping.close()
+
+
+def test_validation_in_mid_epoch_changes_nothing_but_the_report(
+    train: ShardedDataset, validation: ShardedDataset
+) -> None:
+    recipe = LightningTrainable(Busy, trainer_kwargs={"accumulate_grad_batches": 3})
+    often, rarely = Hopping(recipe, {}, train), Hopping(recipe, {}, train)
+    whole = ValidationBatches(validation, validation.num_rows)
+    for unit in range(8):
+        last = unit % 4 == 3
+        report = often.unit(whole if last else ValidationBatches(validation, 40))
+        assert "val_loss" in report
+        assert ("val_loss" in rarely.unit(whole if last else None)) == last
+    assert (often.validations, rarely.validations) == (8, 2)
+    one, other = often.tree, rarely.tree
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for part in ("state_dict", "optimizer_states"):
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(one[part]), tensors_of(other[part]), strict=True))
+    assert one["lr_schedulers"] == other["lr_schedulers"]
+    often.close()
+    rarely.close()
+
+
+def test_what_is_logged_is_reported(train: ShardedDataset, validation: ShardedDataset) -> None:
+    hopping = Hopping(
+        LightningTrainable(Logging, trainer_kwargs={"accumulate_grad_batches": 3}), {"scale": 2.0}, train, epochs=1
+    )
+    seen: list[torch.Tensor] = []
+    for shard in range(4):
+        rows = validation.num_rows if shard == 3 else 40
+        report = hopping.unit(ValidationBatches(validation, rows) if shard > 1 else None)
+        unit = [x for x, _ in Batches(train, 0, shard)]
+        seen += unit
+        assert report["train_loss"] == pytest.approx(2 * float(torch.cat(unit).square().mean()), rel=1e-5)
+        assert report["mean_x"] == pytest.approx(float(torch.cat(seen).mean()), rel=1e-4, abs=1e-6), (
+            "of the epoch so far"
+        )
+        assert report["last_x"] == pytest.approx(float(unit[-1].mean()), rel=1e-5)
+        if shard > 1:
+            x = torch.cat([x for x, _ in ValidationBatches(validation, rows)])
+            sizes = [min(BATCH, rows - start) for start in range(0, rows, BATCH)]
+            assert report["val_loss"] == pytest.approx(float(x.square().mean()), rel=1e-5)
+            assert report["val_rows"] == pytest.approx(sum(n * n for n in sizes) / rows)
+        else:
+            assert report.keys() == {"train_loss", "mean_x", "last_x"}
+    hopping.close()
+
+
+class LogsItsLoss(Logging):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", 7.0)
+        return loss * float("inf") if self.scale < 0 and batch_idx == 0 else loss
+
+
+def test_a_logged_train_loss_wins_unless_the_loss_is_not_finite(train: ShardedDataset) -> None:
+    for scale in (1.0, -1.0):
+        hopping = Hopping(LightningTrainable(LogsItsLoss), {"scale": scale}, train)
+        loss = hopping.unit()["train_loss"]
+        assert loss == 7.0 if scale > 0 else not math.isfinite(loss)
+        hopping.close()
+
+
+def test_the_trainer_sees_the_whole_horizon_and_leaves_signals_alone(train: ShardedDataset, capfd: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    hopping = Hopping(LightningTrainable(OneCycle, trainer_kwargs={"accumulate_grad_batches": 3}), {}, train, epochs=3)
+    trainer = hopping.seats[0].trainer  # type: ignore[attr-defined]
+    assert (trainer.max_epochs, trainer.num_training_batches) == (3, 16)
+    assert trainer.estimated_stepping_batches == hopping.plan.total_steps == 18
+    hopping.unit()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capfd.readouterr() == ("", "")
+    hopping.close()
+
+
+# Checkpoints.
+
+
+def exported(recipe: Any, config: Mapping[str, Any], train: ShardedDataset, folder: Path) -> tuple[Path, Any]:
+    hopping = Hopping(recipe, config, train)
+    hopping.unit()
+    hopping.unit()
+    path = folder / "best.ckpt"
+    recipe.export(hopping.tree, path)
+    weights = {name: tensor.clone() for name, tensor in hopping.seat.module.state_dict().items()}
+    hopping.close()
+    assert [entry.name for entry in folder.iterdir()] == ["best.ckpt"]
+    return path, weights
+
+
+class Unsaved(Momentum):
+    """Saves no hyper-parameters, and takes its config as one mapping."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config["lr"], config["width"])
+        self._hparams_name = None  # as if the base class had not saved them
+        self._hparams.clear()
+        self.lr = config["lr"]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Keywords(Unsaved):
+    """Saves no hyper-parameters, and takes its config as keywords."""
+
+    def __init__(self, lr: float, width: int = 4) -> None:
+        super().__init__({"lr": lr, "width": width})
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(Momentum, {"lr": 0.1, "width": 5}), (Unsaved, {"lr": 0.1, "width": 5}), (Keywords, {"lr": 0.1, "width": 5})],
+)
+def test_checkpoints_open_in_plain_lightning(
+    train: ShardedDataset, tmp_path: Path, kind: Any, config: dict[str, Any]
+) -> None:
+    path, weights = exported(LightningTrainable(kind), config, train, tmp_path)
+    given = {"config": config} if kind is Unsaved else config
+    for module in (kind.load_from_checkpoint(path), kind.load_from_checkpoint(path, **given)):
+        assert module.state_dict().keys() == weights.keys()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == 8
+    assert path.stat().st_size < 20_000, "the buffer around the tensors was written with them"
+
+
+class Odd(Momentum):
+    def __init__(self, lr: Any = 0.1, width: Any = 4, activation: Any = None, options: Any = None) -> None:
+        super().__init__(float(lr), int(width))
+        self.save_hyperparameters()
+
+
+def test_unsafe_hyper_parameters_are_left_out_by_name(train: ShardedDataset, tmp_path: Path) -> None:
+    config = {
+        "lr": np.float64(0.1),
+        "width": np.int64(4),
+        "activation": nn.functional.relu,
+        "options": {"a": np.bool_(True), "b": Path()},
+    }
+    with pytest.warns(
+        UserWarning, match=r"best.ckpt leaves out hyper_parameters.activation, hyper_parameters.options.b, which"
+    ):
+        path, _ = exported(LightningTrainable(Odd), config, train, tmp_path)
+    saved = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert saved == {"lr": 0.1, "width": 4, "options": {"a": True}, "dropout": 0.3}
+    assert {type(value) for value in saved.values()} == {float, int, dict}
+    assert Odd.load_from_checkpoint(path, activation=nn.functional.relu).hparams["lr"] == 0.1
+
+
+# What is refused.
+
+
+class AnyKeyword(Momentum):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "problem"),
+    [
+        (Momentum, {"lrr": 0.1}, r"does not take 'lrr' \(did you mean 'lr'\?\)\. Valid keys are lr, width, dropout"),
+        (Momentum, {"lr": 0.1, "depth": 3}, "does not take 'depth'"),
+        (Keywords, {"width": 3}, "it needs lr"),
+        (Keywords, {}, "it needs lr"),
+        (Keywords, {"rate": 3}, r"does not take 'rate' and it needs lr"),
+        (Momentum, {"lr": 0.1}, None),
+        (Keywords, {"lr": 0.1}, None),
+        (Unsaved, {"anything": 1}, None),
+        (AnyKeyword, {"anything": 1}, None),
+    ],
+)
+def test_a_config_is_checked_against_the_signature(kind: Any, config: dict[str, Any], problem: str | None) -> None:
+    recipe = as_recipe(kind)
+    if problem is None:
+        recipe.check_config(config)
+    else:
+        with pytest.raises(ConfigurationError, match=problem):
+            recipe.check_config(config)
+
+
+class Batched(Momentum):
+    def __init__(self, batch_size: int, lr: float = 0.1) -> None:
+        super().__init__(lr)
+
+
+def test_batch_size_and_epochs_are_the_executors_unless_the_module_takes_them() -> None:
+    config = {"batch_size": 8, "epochs": 2, "lr": 0.1}
+    assert as_recipe(Batched).model_config(config) == {"batch_size": 8, "lr": 0.1}
+    assert as_recipe(Momentum).model_config(config) == {"lr": 0.1}
+    assert as_recipe(Unsaved).model_config(config) == config
+    assert [as_recipe(kind).takes("batch_size") for kind in (Batched, Momentum, Unsaved)] == [True, False, False]
+
+
+class Manual(Momentum):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Two(Momentum):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
+
+
+class Frozen(Momentum):
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+class Skipping(Momentum):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int:
+        return -1
+
+
+class Stopping(Momentum):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.trainer.should_stop = True
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")  # Lightning, to Frozen
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch, to Skipping, which skips every step
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "reason"),
+    [
+        (Manual, {}, "manual optimization.*automatic optimization and one optimizer"),
+        (Two, {}, "multiple optimizers.*automatic optimization and one optimizer"),
+        (Frozen, {}, "automatic optimization and one optimizer"),
+        (Skipping, {}, "on_train_batch_start returned -1"),
+        (Stopping, {}, "set trainer.should_stop"),
+        (Momentum, {"callbacks": pl.callbacks.EarlyStopping("val_loss")}, "EarlyStopping.*leave it out"),
+        (lambda config: nn.Linear(8, 2), {}, "must make a LightningModule"),
+    ],
+)
+def test_what_cannot_hop_is_refused(train: ShardedDataset, kind: Any, kwargs: dict[str, Any], reason: str) -> None:
+    with pytest.raises(NotTrainableError, match=reason):
+        Hopping(LightningTrainable(kind, trainer_kwargs=kwargs), {}, train).unit()
+
+
+def test_what_is_not_lightnings_is_left_to_others() -> None:
+    assert adapt(nn.Linear) is None
+    assert adapt(nn.Linear(2, 2)) is None
+    with pytest.raises(NotTrainableError, match="give the class Momentum"):
+        adapt(Momentum())
+
+
+def test_trainer_arguments_that_the_executor_decides_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="max_epochs, strategy, which the executor decides"):
+        LightningTrainable(Momentum, trainer_kwargs={"strategy": "ddp", "max_epochs": 3, "precision": "bf16-mixed"})
+    LightningTrainable(Momentum, trainer_kwargs={"enable_progress_bar": False, "logger": False})
+
+
+def test_without_lightning_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(ImportError, match=r'pip install "cerebro-tune\[lightning\]"'):
+        cerebro_tune_lightning.LightningTrainable  # noqa: B018
+
+
+# Configs that change.
+
+
+class Custom(Momentum):
+    def on_config_change(self, old: Any, new: Any) -> None:
+        self.told = (dict(old), dict(new))
+
+
+def changed(recipe: Any, train: ShardedDataset, old: dict[str, Any], new: dict[str, Any]) -> Any:
+    """A trial that trained under one config, and goes on under another in a trainable of its own."""
+    hopping = Hopping(recipe, old, train)
+    hopping.unit()
+    successor = recipe.create()
+    successor.start(new, hopping.plan)
+    successor.load_state_dict(hopping.tree)
+    hopping.close()
+    successor.change_config(old, new)
+    return successor
+
+
+def test_a_changed_config_takes_effect(train: ShardedDataset) -> None:
+    successor = changed(LightningTrainable(OneCycle), train, {"lr": 0.1, "dropout": 0.1}, {"lr": 0.2, "dropout": 0.4})
+    assert successor.trainer.optimizers[0].param_groups[0]["max_lr"] == 0.2
+    assert successor.module.hparams["dropout"] == successor.module.net[3].p == 0.4
+    momentum = changed(LightningTrainable(Momentum), train, {"lr": 0.1}, {"lr": 0.2})
+    assert momentum.trainer.optimizers[0].param_groups[0]["lr"] == 0.2
+    assert momentum.trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.2]
+
+
+def test_a_changed_key_that_nothing_reads_is_named(train: ShardedDataset) -> None:
+    successor = changed(LightningTrainable(Momentum), train, {"lr": 0.1}, {"lr": 0.1})
+    with pytest.raises(ConfigurationError, match="changes depth, which neither Momentum nor its optimizer reads"):
+        successor.change_config({"lr": 0.1, "depth": 1}, {"lr": 0.1, "depth": 2})
+
+
+def test_a_module_may_change_its_config_itself(train: ShardedDataset) -> None:
+    successor = changed(LightningTrainable(Custom), train, {"lr": 0.1}, {"lr": 0.2})
+    assert successor.module.told == ({"lr": 0.1}, {"lr": 0.2})
+    assert successor.trainer.optimizers[0].param_groups[0]["lr"] == 0.1
+
+
+def test_a_state_of_another_shape_is_refused_by_name(train: ShardedDataset) -> None:
+    with pytest.raises(StateError, match=r"net.0.weight has shape \(16, 8\) in the state"):
+        changed(LightningTrainable(Momentum), train, {"width": 16}, {"width": 8})
