@@ -1,9 +1,10 @@
-"""How short a run could possibly be, from the durations of its units."""
+"""What a schedule is measured by: how short a run could possibly be, and what task parallelism would make of it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from heapq import heapreplace
 
 from cerebro_tune.units import WorkerId
 
@@ -22,3 +23,17 @@ def makespan_bound(units: Iterable[tuple[str, WorkerId, float]], workers: int, *
         of_worker[worker] += duration
     busiest = max(of_worker.values(), default=0.0) if pinned else sum(of_worker.values()) / workers
     return max(busiest, *of_trial.values(), 0.0)
+
+
+def task_parallel_ends(durations: Sequence[float], workers: int) -> list[float]:
+    """Return when trials of these durations end, sorted, if each runs on one worker from start to end.
+
+    First come, first served; every worker has all the data then: `workers` copies of it.
+    """
+    free = [0.0] * workers
+    ends = []
+    for duration in durations:
+        end = free[0] + duration
+        heapreplace(free, end)
+        ends.append(end)
+    return sorted(ends)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -155,9 +155,9 @@ class Cerebro:
             raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")
         _one_of(mode=mode, valid=("min", "max"))
         recipe = as_recipe(trainable)
-        settings = self._settings(recipe, metric, mode)
         self.start()
         assert self._workers is not None, "started"
+        settings = self._settings(recipe, metric, mode)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
         self._current = Run(self._workers, store, recipe, settings, tuner, make_progress(self._progress))
         return self._current
@@ -195,6 +195,9 @@ class Cerebro:
     def _end(self, run: Run) -> None:
         run.close()
         self._current = None
+        if not run.units:
+            with suppress(OSError):  # it has something in it after all
+                run.settings.run_dir.rmdir()
 
     def _grow(self, trial: str, nbytes: int) -> BufferRef:
         assert self._current is not None, "a worker runs a unit, and there is no run"

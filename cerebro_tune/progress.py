@@ -117,7 +117,7 @@ class Notebook(Progress):
 
         super().start(snapshot)
         self._html = HTML
-        self._handle = display(HTML(to_html(snapshot())), display_id=True)
+        self._handle: Any = display(HTML(to_html(snapshot())), display_id=True)
         self._drawn = monotonic()
 
     def update(self) -> None:  # noqa: D102

@@ -66,6 +66,8 @@ ENDED = (Status.FINISHED, Status.STOPPED, Status.FAILED)
 T = TypeVar("T")
 Report = Mapping[str, Any]
 
+_OVER = "The run is over: it takes no more commands. Start another one."
+
 _FUTILE_STARTS = 3
 """A worker that dies this often in a row before it is ready will not come up at all."""
 
@@ -142,9 +144,11 @@ class Run:
         self._exporting = 0
         self._forgotten: dict[WorkerId, tuple[list[str], list[int]]] = {worker: ([], []) for worker in workers.ids}
         self._running: dict[WorkerId, Unit] = {}
+        self._unready: set[WorkerId] = set()
+        """Workers that were told of the run and have not answered."""
         self._futile_starts: dict[WorkerId, int] = dict.fromkeys(workers.ids, 0)
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._search_ended = self._interrupted = self._closed = False
         self._fatal: Exception | None = None
@@ -211,6 +215,11 @@ class Run:
             self.close()
         return self.results()
 
+    @property
+    def units(self) -> int:
+        """Units committed so far."""
+        return self._timeline.units
+
     def results(self) -> Results:
         """The results so far."""
         results = [self._book.result(page, self._hopper.status(page.trial.id), cut_short=True) for page in self._book]
@@ -240,15 +249,13 @@ class Run:
 
     def _set_up_workers(self) -> None:
         """Every worker opens and checks its data before any of them trains; they join in order, so that runs repeat."""
-        waiting = set(self._workers.ids)
         for worker in self._workers.ids:
             self._set_up(worker, check=True)
-        while waiting and not self._interrupted:
+        while self._unready and not self._interrupted:
             for message in self._workers.wait():
                 match message:
                     case Ready():
-                        self._raise_if(message.error)
-                        waiting.discard(message.worker)
+                        self._became_ready(message)
                     case Lost():
                         self._restart(message)
                         self._set_up(message.worker, check=True)
@@ -260,6 +267,7 @@ class Run:
     def _set_up(self, worker: WorkerId, check: bool) -> None:
         """Tell a worker of the run. Each shard is checked once on this machine, by one of the workers."""
         shards = range(worker.number, len(self.settings.spec.shard_rows), len(self._workers.ids))
+        self._unready.add(worker)
         self._workers.send(
             worker, Setup(self.settings.spec, tuple(shards) if check else (), check and worker.number == 0)
         )
@@ -280,11 +288,15 @@ class Run:
             case Output():
                 self._print(message)
             case Ready():
-                self._raise_if(message.error)
-                self._futile_starts[message.worker] = 0
+                self._became_ready(message)
                 self._obey(self._hopper.apply(WorkerJoined(message.worker, self._holdings(message.worker))))
             case Lost():
                 self._lost(message)
+
+    def _became_ready(self, message: Ready) -> None:
+        self._unready.discard(message.worker)
+        self._futile_starts[message.worker] = 0
+        self._raise_if(message.error)
 
     def _finished(self, message: Finished) -> None:
         unit = message.unit
@@ -449,9 +461,12 @@ class Run:
     def _command(self, call: Callable[[], T]) -> T:
         """Carry out a command on the loop's thread, or here where no loop runs; return its answer."""
         with self._lock:
-            elsewhere = self._thread not in (None, threading.current_thread())
-            future: Future[T] | None = self._post(call) if elsewhere else None
-        return call() if future is None else future.result()
+            if self._closed:
+                raise ConfigurationError(_OVER)
+            if self._thread in (None, threading.current_thread()):
+                return call()
+            future = self._post(call)
+        return future.result()
 
     def _post(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -464,15 +479,17 @@ class Run:
             call, future = self._commands.popleft()
             try:
                 future.set_result(call())
-            except CerebroError as error:
+            except Exception as error:
                 future.set_exception(error)
+                if not isinstance(error, CerebroError):  # a defect, the tuner's or ours: whoever drives must see it too
+                    raise
 
     def _add(self, config: Config | None, source: str | None) -> str:
         index = len(self._book)
         parent = None if source is None else self._page(source)
         chosen = dict(config if config is not None else parent.config if parent else {})
         epochs = self._own(chosen, "epochs", self.settings.epochs)
-        batch_size = self._own(chosen, "batch_size", self.settings.batch_size)
+        batch_size = self._own(chosen, "batch_size", self._recipe.batch_size or self.settings.batch_size)
         model_config = self._recipe.model_config(chosen)
         self._recipe.check_config(model_config)
         trial = Trial(f"trial-{index:04d}", index, epochs)
@@ -523,19 +540,19 @@ class Run:
 
     def close(self) -> None:
         """Let go of everything: workers still busy with units are replaced. May be called twice."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         self._exporter.shutdown()
         for worker in self._workers.ids:
-            if worker in self._running:
+            if worker in self._running or worker in self._unready:
                 self._workers.restart(worker)
             else:
                 self._workers.send(worker, Rest())
         self._running.clear()
-        with self._lock:
-            self._thread = None
-        self._obey_commands()
+        for _, future in self._commands:
+            future.set_exception(ConfigurationError(_OVER))
         self._store.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")

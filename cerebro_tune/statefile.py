@@ -141,7 +141,7 @@ def _read_header(file: BinaryIO) -> tuple[str, str, str, list[_Entry]]:
 
 
 def _check(*parts: str) -> str:
-    return xxhash.xxh3_64_hexdigest("\n".join(parts))
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
 
 
 def _entries(table: str, text: str) -> list[_Entry]:

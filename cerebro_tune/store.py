@@ -71,7 +71,7 @@ class StateStore:
         self._pool: list[Buffer] = []  # least recently used first
         self._pooled_bytes = 0
         self._freed: list[int] = []
-        self._keys = itertools.count()
+        self._keys, self._files = itertools.count(), itertools.count()
         self._folder: Path | None = None
         self._allocate = allocate or self._new_buffer
         self._clear_spilled()  # of a run that was killed
@@ -168,6 +168,10 @@ class StateStore:
         """The digest of the committed state."""
         return self._committed(trial).digest
 
+    def buffered(self, trial: str) -> bool:
+        """Whether the committed state is in shared memory, not on disk."""
+        return self._committed(trial).buffer is not None
+
     def save(self, trial: str, path: Path) -> str:
         """Write the committed state to disk so that it survives a power failure; returns its digest."""
         return save(self.mapped(trial), path)
@@ -250,9 +254,9 @@ class StateStore:
                 break
         else:
             return False
-        self._spill_dir.mkdir(parents=True, exist_ok=True)
-        file = self._spill_dir / f"state-{image.buffer.ref.key}.safetensors"
+        file = self._spill_dir / f"state-{next(self._files)}.safetensors"
         try:
+            self._spill_dir.mkdir(parents=True, exist_ok=True)
             save(Mapped.open(image.buffer.ref, populate=False), file, durable=False)
         except OSError as error:
             raise StateMemoryError(
@@ -295,9 +299,10 @@ class StateStore:
                 raise self._over_budget(capacity)
 
     def _over_budget(self, capacity: int) -> StateMemoryError:
+        live = sum(1 for slot in self._slots.values() if slot.working or (slot.committed and slot.committed.buffer))
         return StateMemoryError(
             f"no memory for one more state of {readable(capacity)}: {readable(self.bytes_in_use)} of "
-            f"state_memory={readable(self.budget_bytes)} hold the states of {len(self._slots) - len(self._cool)} live "
+            f"state_memory={readable(self.budget_bytes)} hold the states of {live} live "
             f"trials, which cannot go to disk. Set state_memory higher, or live_trials or workers lower"
         )
 

@@ -116,6 +116,9 @@ class Recipe(ABC):
 
     accumulate: int = 1
 
+    batch_size: int | None = None
+    """The trainable's own default, where it has one; it wins over the executor's."""
+
     @abstractmethod
     def create(self) -> Trainable:
         """Make the trainable of one trial, in the worker, not yet started."""

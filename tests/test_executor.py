@@ -205,6 +205,18 @@ def test_stop_pause_and_resume(options: dict[str, Any]) -> None:
     assert set(load_file(results[1].last_checkpoint)) == {"weight", "bias"}
 
 
+def test_a_trial_left_paused_has_its_last_checkpoint(options: dict[str, Any]) -> None:
+    with Cerebro(**options) as cerebro:
+        run = cerebro.run(Linear, Script(lambda _, report: Decision.PAUSE if report["units"] == 5 else Decision.CONTINUE))
+        run.add(CONFIGS[0])
+        run.end_search()
+        (result,) = cerebro.drive(run)
+        assert (result.status, len(result.visits)) == ("paused", 5)
+        assert set(load_file(str(result.last_checkpoint))) == {"weight", "bias"}
+        with pytest.raises(ConfigurationError, match="The run is over"):
+            run.resume(result.trial_id)
+
+
 def test_decisions_from_another_thread(options: dict[str, Any]) -> None:
     """The tuner answers later, from a thread of its own, and adds trials while the run goes."""
     reports: Any = __import__("queue").SimpleQueue()
@@ -314,6 +326,7 @@ def test_bad_configs_and_trainables(options: dict[str, Any]) -> None:
             cerebro.fit(Linear, CONFIGS, mode="least")
         with pytest.raises(NotPicklableError, match=r"The config .* cannot be sent to the workers"):
             cerebro.fit(Linear, [{"lr": 0.1, "lock": threading.Lock()}])
+        assert list(Path(options["run_dir"]).iterdir()) == []  # nothing half-written
         assert cerebro.fit(Linear, CONFIGS[:1])[0].status == "finished"  # and it still works
 
 
@@ -331,6 +344,7 @@ def test_a_flipped_bit_in_a_shard_stops_the_run_before_training(options: dict[st
     file.write_bytes(content)
     with Cerebro(**options | {"train": damaged}) as cerebro, pytest.raises(DamagedShardError, match=file.name):
         cerebro.fit(Linear, CONFIGS)
+    assert list(Path(options["run_dir"]).iterdir()) == []
 
 
 def test_full_state_memory_says_what_to_do(options: dict[str, Any]) -> None:

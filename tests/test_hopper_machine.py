@@ -162,7 +162,7 @@ class HopperMachine(RuleBasedStateMachine):
     def try_the_illegal(self, data: st.DataObject) -> None:
         event = data.draw(st.sampled_from(self.illegal_events()))
         before = snapshot(self.hopper)
-        with pytest.raises(IllegalEventError, match="is not legal: .* is .*; legal then: "):
+        with pytest.raises(IllegalEventError, match=r"is not legal: .* is .*; legal then: "):
             self.hopper.apply(event)
         assert snapshot(self.hopper) == before
 
