@@ -2,7 +2,7 @@
 
 Pinned shards (one holder each) unless a row says otherwise, +-5 % noise in the unit times, costs of the trials
 log-uniform over 4x (except where equal) and learned while the run goes on, 3 epochs, means over 20 seeds. The stream:
-32 trials of 10 epochs, 8 workers, 16 live. Simulated: the machine is the real one, its clock is not; a hop takes no time.
+32 trials of 10 epochs, 8 workers, 16 live. Simulated: the machine is the real one, its clock is not; hops take no time.
 """
 
 from __future__ import annotations

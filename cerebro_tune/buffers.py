@@ -171,7 +171,7 @@ class Buffer:
             os.close(self._fd)
             self._fd = None
         elif not self.ref.path.startswith("/proc/"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows keeps a file that is mapped
                 os.unlink(self.ref.path)
 
 

@@ -21,11 +21,12 @@ from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.policy import Policy
 from cerebro_tune.progress import make_progress
 from cerebro_tune.results import Results, TrialResult
-from cerebro_tune.run import Report, Run, RunSettings, Tuner, ship
+from cerebro_tune.run import Run
+from cerebro_tune.settings import Report, RunSettings, Tuner
 from cerebro_tune.store import BufferRef, StateStore
 from cerebro_tune.trainable import Config, Recipe, as_recipe
 from cerebro_tune.units import Decision
-from cerebro_tune.workers.base import Workers, make_workers
+from cerebro_tune.workers.base import Workers, make_workers, ship
 from cerebro_tune.workers.messages import RunSpec
 
 _LOADER_KEYS = ("columns", "as_dict", "transform", "collate_fn", "last_batch")

@@ -116,7 +116,7 @@ class Notebook(Progress):
         from IPython.display import HTML, display
 
         super().start(snapshot)
-        self._html = HTML
+        self._html: Any = HTML
         self._handle: Any = display(HTML(to_html(snapshot())), display_id=True)
         self._drawn = monotonic()
 

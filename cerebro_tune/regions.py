@@ -190,19 +190,19 @@ def _array(leaves: Any, array: np.ndarray[Any, Any]) -> dict[str, int]:
 def move(regions: tuple[Region, ...], buffer: Mapped) -> None:
     """Bring regions to their places; those that lie elsewhere in this very buffer are set aside first."""
     memory, base = buffer.memory, buffer.address
-    moving: list[tuple[Region, int, Any]] = []  # (region, where its bytes are, what keeps them there)
+    sources: list[tuple[int, Any]] = []  # where the bytes of each region are, and what keeps them there
     for region in regions:
         if region.address is None:
             host = _device_bytes(region)
-            moving.append((region, host.data_ptr(), host))
-        elif base <= region.address < base + buffer.nbytes:
-            if region.address != base + region.offset:
-                aside = (ctypes.c_char * region.nbytes).from_buffer_copy(memory, region.address - base)
-                moving.append((region, ctypes.addressof(aside), aside))
+            sources.append((host.data_ptr(), host))
+        elif base <= region.address < base + buffer.nbytes and region.address != base + region.offset:
+            aside = (ctypes.c_char * region.nbytes).from_buffer_copy(memory, region.address - base)
+            sources.append((ctypes.addressof(aside), aside))
         else:
-            moving.append((region, region.address, region.storage))
-    for region, address, _ in moving:
-        ctypes.memmove(base + region.offset, address, region.nbytes)
+            sources.append((region.address, region.storage))
+    for region, (address, _) in zip(regions, sources, strict=True):
+        if address != base + region.offset:
+            ctypes.memmove(base + region.offset, address, region.nbytes)
         clear_tail(memory, region.offset + region.nbytes)
         if region.views:
             _clear_gaps(region, memory)
@@ -285,7 +285,7 @@ def _signature(tensors: list[torch.Tensor]) -> list[Any]:
 
 
 def _geometry(tensor: torch.Tensor, first: int) -> list[Any]:
-    device = None if tensor.is_cpu else str(tensor.device)
+    device = None if tensor.is_cpu else tensor.device.type  # its index is another on another worker
     return [_name(tensor.dtype), tensor.shape, tensor.stride(), first, tensor.requires_grad, device]
 
 

@@ -6,28 +6,16 @@ thread: a command is carried out by the loop between two events, and its caller 
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-import cloudpickle
+from typing import Any
 
 from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
 from cerebro_tune.buffers import Mapped
-from cerebro_tune.errors import (
-    CerebroError,
-    ConfigurationError,
-    NotPicklableError,
-    StateMemoryError,
-    UnknownMetricError,
-    WorkerError,
-)
+from cerebro_tune.commands import CommandQueue
+from cerebro_tune.crew import Crew
+from cerebro_tune.errors import ConfigurationError, StateMemoryError, UnknownMetricError
 from cerebro_tune.events import (
     SearchEnded,
     TrialAdded,
@@ -40,76 +28,25 @@ from cerebro_tune.events import (
 )
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
-from cerebro_tune.policy import Policy
 from cerebro_tune.progress import Progress, Snapshot, TrialRow
-from cerebro_tune.results import Results, TrialResult
+from cerebro_tune.results import Results
+from cerebro_tune.settings import RunSettings, Tuner
 from cerebro_tune.store import BufferRef, StateStore
 from cerebro_tune.timeline import Timeline
 from cerebro_tune.trainable import Config, Recipe
-from cerebro_tune.units import Decision, Shard, Status, Trial, Unit, WorkerId
-from cerebro_tune.workers.base import Workers
+from cerebro_tune.units import Decision, Shard, Status, Trial, Unit
+from cerebro_tune.workers.base import Workers, ship
 from cerebro_tune.workers.messages import (
     Finished,
-    Forget,
     Lost,
     Message,
     Output,
     Raised,
     Ready,
-    Rest,
-    RunSpec,
-    Setup,
     Task,
 )
 
 ENDED = (Status.FINISHED, Status.STOPPED, Status.FAILED)
-T = TypeVar("T")
-Report = Mapping[str, Any]
-
-_OVER = "The run is over: it takes no more commands. Start another one."
-
-_FUTILE_STARTS = 3
-"""A worker that dies this often in a row before it is ready will not come up at all."""
-
-
-class Tuner(Protocol):
-    """Who decides. Called on the loop's thread; may call the run's commands from there."""
-
-    def on_report(self, trial_id: str, report: Report) -> Decision | None:
-        """Answer a report, or None and answer later, from any thread, with `Run.decide`."""
-
-    def on_end(self, result: TrialResult) -> None:
-        """A trial has ended; its checkpoints are written."""
-
-
-def ship(what: Any, name: str) -> bytes:
-    """Cloudpickle what is to travel to the workers; `name` begins the sentence of the error."""
-    try:
-        pickled: bytes = cloudpickle.dumps(what)
-    except Exception as error:  # pickling runs code of the object's own, which may raise anything
-        raise NotPicklableError(
-            f"{name} cannot be sent to the workers: {type(error).__name__}: {error}. Make what it refers to "
-            'inside the trainable instead (open files, locks and connections cannot travel), or use backend="inline".'
-        ) from error
-    return pickled
-
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """What a run is made with."""
-
-    epochs: int
-    batch_size: int
-    policy: str | Policy
-    live_trials: int | None
-    max_failures: int
-    pinned: bool
-    keep: str
-    metric: str | None
-    mode: str
-    trace: bool
-    spec: RunSpec
-    run_dir: Path
 
 
 class Run:
@@ -126,6 +63,7 @@ class Run:
     ) -> None:
         self.settings = settings
         self._workers, self._store, self._recipe = workers, store, recipe
+        self._crew = Crew(workers, settings)
         self._tuner, self._progress = tuner, progress
         spec = settings.spec
         self._hopper = Hopper(
@@ -140,32 +78,25 @@ class Run:
             settings.metric, settings.mode, settings.run_dir, recipe.suffix, settings.keep, spec.validation is not None
         )
         self._timeline = Timeline(workers.ids, settings.trace)
+        self._commands = CommandQueue(workers.wake)
         self._exporter = ThreadPoolExecutor(1, thread_name_prefix="cerebro-export")
         self._exporting = 0
-        self._forgotten: dict[WorkerId, tuple[list[str], list[int]]] = {worker: ([], []) for worker in workers.ids}
-        self._running: dict[WorkerId, Unit] = {}
-        self._unready: set[WorkerId] = set()
-        """Workers that were told of the run and have not answered."""
-        self._futile_starts: dict[WorkerId, int] = dict.fromkeys(workers.ids, 0)
-        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._lock = threading.RLock()
-        self._thread: threading.Thread | None = None
-        self._search_ended = self._interrupted = self._closed = False
+        self._search_ended = self._interrupted = False
         self._fatal: Exception | None = None
 
     # Commands: from any thread.
 
     def add(self, config: Config) -> str:
         """Add a trial; ConfigurationError for a config that cannot be trained. Returns its id."""
-        return self._command(lambda: self._add(config, None))
+        return self._commands.ask(lambda: self._add(config, None))
 
     def clone(self, trial_id: str, config: Config | None = None) -> str:
         """Add a trial that goes on from another's last committed unit, with a changed config if given."""
-        return self._command(lambda: self._add(config, trial_id))
+        return self._commands.ask(lambda: self._add(config, trial_id))
 
     def decide(self, trial_id: str, decision: Decision) -> None:
         """Answer a report; or, out of turn, pause, resume (CONTINUE) or stop a trial."""
-        self._command(lambda: self._decide(trial_id, decision))
+        self._commands.ask(lambda: self._decide(trial_id, decision))
 
     def pause(self, trial_id: str) -> None:
         """Let the trial stand after the unit it runs."""
@@ -181,11 +112,11 @@ class Run:
 
     def end_search(self) -> None:
         """No more trials will come: `drive` returns when those that were added have ended or stand paused."""
-        self._command(self._end_search)
+        self._commands.ask(self._end_search)
 
     def status(self, trial_id: str) -> str:
         """The trial's status now."""
-        return self._command(lambda: self._hopper.status(trial_id).value)
+        return self._commands.ask(lambda: self._hopper.status(trial_id).value)
 
     def interrupt(self) -> None:
         """Give up at once, with the results so far; safe in a signal handler."""
@@ -196,23 +127,23 @@ class Run:
 
     def drive(self) -> Results:
         """Run until the search has ended and every trial with it; raise what makes the run impossible."""
-        with self._lock:
-            self._thread = threading.current_thread()
+        self._commands.take_over()
         self._progress.start(self.snapshot)
         try:
-            self._set_up_workers()
-            self._obey_commands()
+            self._assemble()
+            self._commands.carry_out()
             while not self._over():
                 for start in self._hopper.dispatch():
                     self._start(start)
                 self._progress.update()
-                for message in self._workers.wait():
+                for message in self._crew.wait():
                     self._hear(message)
                     self._raise_if(self._fatal)
-                self._obey_commands()
+                self._commands.carry_out()
             self._export_unended()
         finally:
             self.close()
+            self._progress.stop()
         return self.results()
 
     @property
@@ -234,11 +165,11 @@ class Run:
             status = self._hopper.status(page.trial.id)
             left += 0 if status in ENDED else total - done
             rows.append(TrialRow(page.trial.id, status.value, done / total, page.last or {}))
-        running = {worker: self._running.get(worker) for worker in self._workers.ids}
+        running = {worker: self._crew.running.get(worker) for worker in self._crew.ids}
         shown = tuple(
             (str(worker), f"{unit.trial} shard {unit.shard}" if unit else "idle") for worker, unit in running.items()
         )
-        eta = self._timeline.mean_unit_s * left / len(self._workers.ids) if self._timeline.units else None
+        eta = self._timeline.mean_unit_s * left / len(self._crew.ids) if self._timeline.units else None
         shares = self._timeline.shares
         return Snapshot(tuple(rows), shown, self.settings.metric, self.settings.mode, shares.idle, eta)
 
@@ -247,35 +178,21 @@ class Run:
             self._search_ended and self._hopper.settled and not self._exporting and not self._commands
         )
 
-    def _set_up_workers(self) -> None:
+    def _assemble(self) -> None:
         """Every worker opens and checks its data before any of them trains; they join in order, so that runs repeat."""
-        for worker in self._workers.ids:
-            self._set_up(worker, check=True)
-        while self._unready and not self._interrupted:
-            for message in self._workers.wait():
+        for worker in self._crew.ids:
+            self._crew.set_up(worker, check=True)
+        while self._crew.unready and not self._interrupted:
+            for message in self._crew.wait():
                 match message:
                     case Ready():
-                        self._became_ready(message)
+                        self._crew.became_ready(message)
                     case Lost():
-                        self._restart(message)
-                        self._set_up(message.worker, check=True)
+                        self._crew.replace(message, check=True)
                     case Output():
                         self._print(message)
-        for worker in self._workers.ids:
-            self._hopper.apply(WorkerJoined(worker, self._holdings(worker)))
-
-    def _set_up(self, worker: WorkerId, check: bool) -> None:
-        """Tell a worker of the run. Each shard is checked once on this machine, by one of the workers."""
-        shards = range(worker.number, len(self.settings.spec.shard_rows), len(self._workers.ids))
-        self._unready.add(worker)
-        self._workers.send(
-            worker, Setup(self.settings.spec, tuple(shards) if check else (), check and worker.number == 0)
-        )
-
-    def _holdings(self, worker: WorkerId) -> frozenset[int]:
-        shards = len(self.settings.spec.shard_rows)
-        first, step = (worker.number, len(self._workers.ids)) if self.settings.pinned else (0, 1)
-        return frozenset(range(first, shards, step))
+        for worker in self._crew.ids:
+            self._hopper.apply(WorkerJoined(worker, self._crew.holdings(worker)))
 
     # Workers to state machine.
 
@@ -288,19 +205,14 @@ class Run:
             case Output():
                 self._print(message)
             case Ready():
-                self._became_ready(message)
-                self._obey(self._hopper.apply(WorkerJoined(message.worker, self._holdings(message.worker))))
+                self._crew.became_ready(message)
+                self._obey(self._hopper.apply(WorkerJoined(message.worker, self._crew.holdings(message.worker))))
             case Lost():
                 self._lost(message)
 
-    def _became_ready(self, message: Ready) -> None:
-        self._unready.discard(message.worker)
-        self._futile_starts[message.worker] = 0
-        self._raise_if(message.error)
-
     def _finished(self, message: Finished) -> None:
         unit = message.unit
-        self._running.pop(message.worker, None)
+        self._crew.running.pop(message.worker, None)
         self._store.commit(unit.trial, message.used, message.digest)
         self._timeline.add(message)
         self._book[unit.trial].committed(message)
@@ -309,15 +221,14 @@ class Run:
 
     def _raised(self, message: Raised) -> None:
         unit = message.unit
-        self._running.pop(message.worker, None)
+        self._crew.running.pop(message.worker, None)
         self._book[unit.trial].error = message.error
         reason = message.error.strip().rpartition("\n")[2]
         self._progress.say(f"{unit.trial} failed in epoch {unit.epoch}, shard {unit.shard}: {reason}", "stderr")
         self._obey(self._hopper.apply(UnitFailed(message.job, unit, reason)))
 
     def _lost(self, message: Lost) -> None:
-        unit = self._running.pop(message.worker, None)
-        self._forgotten[message.worker] = ([], [])
+        unit = self._crew.running.pop(message.worker, None)
         if unit is not None:
             self._store.abandon(unit.trial)
             # Kept only if this death is one too many.
@@ -331,14 +242,7 @@ class Run:
             self._book[unit.trial].error = None
             what = f"; {unit.trial} is to run epoch {unit.epoch}, shard {unit.shard} again"
         self._progress.say(f"{message.worker} is lost: {message.reason}{what}", "stderr")
-        self._restart(message)
-        self._set_up(message.worker, check=False)
-
-    def _restart(self, lost: Lost) -> None:
-        self._futile_starts[lost.worker] += 1
-        if self._futile_starts[lost.worker] > _FUTILE_STARTS:
-            raise WorkerError(f"{lost.worker} does not come up: {lost.reason}, {_FUTILE_STARTS} times in a row.")
-        self._workers.restart(lost.worker)
+        self._crew.replace(message, check=False)
 
     def _print(self, output: Output) -> None:
         for line in output.text.splitlines():
@@ -361,24 +265,12 @@ class Run:
 
     def _start(self, start: StartJob) -> None:
         tasks = [self._task(start.job, unit) for unit in start.units]
-        self._forget((), self._store.freed())
-        trials, buffers = self._forgotten[start.worker]
-        if trials or buffers:  # said only to an idle worker: it reads, so that the send cannot block
-            self._workers.send(start.worker, Forget(tuple(trials), tuple(buffers)))
-            self._forgotten[start.worker] = ([], [])
-        for task in tasks:
-            self._running[start.worker] = task.unit
-            self._workers.send(start.worker, task)
-
-    def _forget(self, trials: tuple[str, ...], buffers: tuple[int, ...]) -> None:
-        """Note what each worker is to let go of before its next unit."""
-        for ended, freed in self._forgotten.values():
-            ended.extend(trials)
-            freed.extend(buffers)
+        self._crew.forget((), self._store.freed())
+        self._crew.give(start.worker, tasks)
 
     def _task(self, job: int, unit: Unit) -> Task:
         page = self._book[unit.trial]
-        shards = len(self.settings.spec.shard_rows)
+        shards = self.settings.shards
         _, done, total = self._hopper.progress(unit.trial)
         position = done % shards
         epoch_done = position == shards - 1
@@ -410,7 +302,7 @@ class Run:
     def _report(self, due: ReportUnit) -> None:
         trial_id = due.unit.trial
         page = self._book[trial_id]
-        report = page.report(due, len(self.settings.spec.shard_rows))
+        report = page.report(due, self.settings.shards)
         metric = self.settings.metric
         if metric is not None and metric not in report:
             names = ", ".join(sorted(page.latest.metrics)) if page.latest else ""
@@ -420,7 +312,7 @@ class Run:
             self._progress.reported(trial_id, report)
         decision = self._tuner.on_report(trial_id, report)
         if decision is not None:
-            self._obey_commands()  # what the tuner added while it decided comes before its decision
+            self._commands.carry_out()  # what the tuner added while it decided comes before its decision
             self._decide(trial_id, decision)
 
     def _end(self, trial: str, status: Status) -> None:
@@ -428,7 +320,7 @@ class Run:
         if status is Status.STOPPED and self._exports(trial):
             self._exporting += 1
             exporting = self._exporter.submit(self._export_last, trial, self._store.mapped(trial))
-            exporting.add_done_callback(lambda done: self._post(partial(self._exported, trial, done)))
+            exporting.add_done_callback(lambda done: self._commands.post(partial(self._exported, trial, done)))
         else:
             self._release(trial)
 
@@ -452,37 +344,11 @@ class Run:
         self._release(trial)
 
     def _release(self, trial: str) -> None:
-        self._forget((trial,), self._store.drop(trial))
+        self._crew.forget((trial,), self._store.drop(trial))
         page = self._book[trial]
         self._tuner.on_end(self._book.result(page, self._hopper.status(trial), cut_short=False))
 
     # Commands, on the loop's thread.
-
-    def _command(self, call: Callable[[], T]) -> T:
-        """Carry out a command on the loop's thread, or here where no loop runs; return its answer."""
-        with self._lock:
-            if self._closed:
-                raise ConfigurationError(_OVER)
-            if self._thread in (None, threading.current_thread()):
-                return call()
-            future = self._post(call)
-        return future.result()
-
-    def _post(self, call: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._commands.append((call, future))
-        self._workers.wake()
-        return future
-
-    def _obey_commands(self) -> None:
-        while self._commands:
-            call, future = self._commands.popleft()
-            try:
-                future.set_result(call())
-            except Exception as error:
-                future.set_exception(error)
-                if not isinstance(error, CerebroError):  # a defect, the tuner's or ours: whoever drives must see it too
-                    raise
 
     def _add(self, config: Config | None, source: str | None) -> str:
         index = len(self._book)
@@ -540,20 +406,10 @@ class Run:
 
     def close(self) -> None:
         """Let go of everything: workers still busy with units are replaced. May be called twice."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        if not self._commands.close():
+            return
         self._exporter.shutdown()
-        for worker in self._workers.ids:
-            if worker in self._running or worker in self._unready:
-                self._workers.restart(worker)
-            else:
-                self._workers.send(worker, Rest())
-        self._running.clear()
-        for _, future in self._commands:
-            future.set_exception(ConfigurationError(_OVER))
+        self._crew.dismiss()
         self._store.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")
-        self._progress.stop()

@@ -21,7 +21,8 @@ from cerebro_tune.errors import (
     StateMemoryError,
     UnknownMetricError,
 )
-from cerebro_tune.run import Report, Run
+from cerebro_tune.run import Run
+from cerebro_tune.settings import Report
 from nets import Deep, Diverging, Linear, Mortal, Raising, Talking
 
 CONFIGS = [{"lr": 0.001}, {"lr": 0.03}, {"lr": 0.3}]
@@ -207,7 +208,9 @@ def test_stop_pause_and_resume(options: dict[str, Any]) -> None:
 
 def test_a_trial_left_paused_has_its_last_checkpoint(options: dict[str, Any]) -> None:
     with Cerebro(**options) as cerebro:
-        run = cerebro.run(Linear, Script(lambda _, report: Decision.PAUSE if report["units"] == 5 else Decision.CONTINUE))
+        run = cerebro.run(
+            Linear, Script(lambda _, report: Decision.PAUSE if report["units"] == 5 else Decision.CONTINUE)
+        )
         run.add(CONFIGS[0])
         run.end_search()
         (result,) = cerebro.drive(run)

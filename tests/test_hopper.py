@@ -22,7 +22,7 @@ from cerebro_tune.events import (
 )
 from cerebro_tune.hopper import TRANSITIONS, Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
-from cerebro_tune.policy import Policy
+from cerebro_tune.policy import AutoPolicy, Board, Candidate, Choice, Policy, Ready, Regime
 from cerebro_tune.story import Move, diagram
 from cerebro_tune.units import Decision, Shard, Status, Trial, Unit, WorkerId
 from hopper_oracle import PackedPolicy, snapshot
@@ -316,6 +316,113 @@ def test_a_trial_stays_where_its_state_is_when_every_worker_holds_every_shard() 
             assert seats[order.units[0].trial] == order.worker
             assert order.hops == (False,)
     assert hopper.settled
+
+
+def test_a_trial_whose_answer_takes_a_while_still_stays_where_its_state_is() -> None:
+    hopper = machine(workers=2, trials=2)
+    first, second = hopper.dispatch()
+    finish(hopper, first)
+    decide(hopper, first.units[0].trial, Decision.STOP)
+    finish(hopper, second)
+    assert hopper.dispatch() == []
+    decide(hopper, second.units[0].trial, Decision.CONTINUE)
+    [start] = hopper.dispatch()
+    assert (start.worker, start.hops) == (second.worker, (False,))
+
+
+def test_a_death_too_many_makes_room_for_the_next_trial() -> None:
+    hopper = machine(trials=2, live_trials=1, max_failures=0)
+    hopper.dispatch()
+    hopper.apply(WorkerLost(W0))
+    assert [hopper.status(trial) for trial in "ab"] == [Status.FAILED, Status.READY]
+
+
+class WatchedPolicy(AutoPolicy):
+    """Keeps what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Regime, int, int]] = []
+        self.boards: list[Board] = []
+
+    def choose(self, regime: Regime, board: Board, worker: int, held: int, ready: Ready) -> Choice | None:
+        self.asked.append((regime, worker, len(ready)))
+        self.boards.append(board)
+        return super().choose(regime, board, worker, held, ready)
+
+
+def test_a_worker_that_found_nothing_is_offered_only_news() -> None:
+    policy = WatchedPolicy()
+    hopper = Hopper([Shard(0, 1), Shard(1, 1)], policy=policy)
+    hopper.apply(WorkerJoined(W0, frozenset({0})))
+    for index in range(3):
+        hopper.apply(TrialAdded(Trial("abc"[index], index, 1)))
+    for _ in range(3):
+        [start] = hopper.dispatch()
+        finish(hopper, start)
+        decide(hopper, start.units[0].trial, Decision.CONTINUE)
+    assert hopper.dispatch() == []  # all three now need shard 1, which nobody holds
+    hopper.apply(TrialAdded(Trial("d", 3, 1)))
+    assert len(hopper.dispatch()) == 1
+    assert [ready for _, _, ready in policy.asked] == [3, 3, 3, 3, 1]
+
+
+def test_the_rules_change_with_the_run() -> None:
+    policy = WatchedPolicy()
+    hopper = machine(workers=2, trials=4, epochs=2, live_trials=3, policy=policy)
+    hopper.apply(SearchEnded())
+    running = hopper.dispatch()
+    while running:
+        start = running.pop(0)
+        finish(hopper, start)
+        decide(hopper, start.units[0].trial, Decision.CONTINUE)
+        running += hopper.dispatch()
+    regimes = list(dict.fromkeys(regime for regime, _, _ in policy.asked))
+    assert regimes == [Regime.SHORTEST, Regime.LONGEST]
+    assert policy.boards[-1].time_left == pytest.approx(0.0)
+
+
+def test_a_worker_that_waits_in_rotation_takes_what_is_there_when_rotation_ends() -> None:
+    hopper = Hopper([Shard(index, 1) for index in range(4)])
+    for number in range(4):
+        hopper.apply(WorkerJoined(WorkerId(number), frozenset({number})))
+    for index in range(3):
+        hopper.apply(TrialAdded(Trial("abc"[index], index, 1)))
+    a, _, c = hopper.dispatch()
+    finish(hopper, c)
+    decide(hopper, "c", Decision.CONTINUE)
+    finish(hopper, a)
+    decide(hopper, "a", Decision.CONTINUE)
+    [c] = hopper.dispatch()
+    assert c.worker == WorkerId(3)  # a waits for shard 1, where b is, and workers 0 and 2 for whoever comes next
+    for trial in "de":
+        hopper.apply(TrialCloned(Trial(trial, 3, 1), "c"))
+    starts = {start.worker.number: start.units[0].trial for start in hopper.dispatch()}
+    assert starts in ({0: "d", 2: "a"}, {0: "e", 2: "a"})
+
+
+class KeepingPolicy(AutoPolicy):
+    """As if trial a always set the end of the run."""
+
+    def regime(self, board: Board) -> Regime:
+        return Regime.LONGEST
+
+    def keep(self, regime: Regime, board: Board, trial: Candidate, shard: int) -> int:
+        return trial.left & ~(1 << shard) if trial.order == 0 else 0
+
+
+def test_a_worker_that_was_kept_for_a_trial_goes_on_when_that_trial_is_stopped() -> None:
+    hopper = Hopper([Shard(0, 1), Shard(1, 1)], policy=KeepingPolicy())
+    for number in range(2):
+        hopper.apply(WorkerJoined(WorkerId(number), frozenset({number})))
+    for index in range(3):
+        hopper.apply(TrialAdded(Trial("abc"[index], index, 1)))
+    [start] = hopper.dispatch()
+    assert start.units == (Unit("a", 0, 0),)
+    assert hopper.dispatch() == []
+    finish(hopper, start)
+    decide(hopper, "a", Decision.STOP)
+    assert {start.units[0].trial for start in hopper.dispatch()} == {"b", "c"}
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,19 @@ def test_a_lost_trial_that_is_called_off_holds_up_nobody(
     assert [order.unit for order in orders if isinstance(order, ReportUnit)] == [second.units[0]]
 
 
+def test_a_trial_that_is_given_up_holds_up_nobody() -> None:
+    hopper = Hopper([Shard(0, 1)], policy="fixed", max_failures=0)
+    for number in range(2):
+        hopper.apply(WorkerJoined(WorkerId(number), frozenset({0})))
+        hopper.apply(TrialAdded(Trial(f"t{number}", number, 1)))
+    first, second = hopper.dispatch()
+    hopper.apply(UnitFinished(second.job, second.units[0], 1.0))
+    dropped, report = hopper.apply(WorkerLost(first.worker))
+    assert dropped == DropState(first.units[0].trial, Status.FAILED)
+    assert isinstance(report, ReportUnit)
+    assert report.unit == second.units[0]
+
+
 def test_a_finished_unit_is_not_lost_with_its_worker(two_running: tuple[Hopper, StartJob, StartJob]) -> None:
     hopper, first, second = two_running
     hopper.apply(UnitFinished(second.job, second.units[0], 1.0))

@@ -63,5 +63,12 @@ with Cerebro({str(train.path)!r}, workers=2, run_dir={str(tmp_path)!r}) as cereb
     finally:
         os.close(ours)
     text = shown.decode()
-    for expected in ("trial-0000", "progress", "2 finished", "worker-1: idle", "[trial-0001] hello from a unit", "compute"):
+    for expected in (
+        "trial-0000",
+        "progress",
+        "2 finished",
+        "worker-1: idle",
+        "[trial-0001] hello from a unit",
+        "compute",
+    ):
         assert expected in text, text

@@ -309,6 +309,18 @@ def test_text_that_grows_moves_no_tensor() -> None:
     assert state.read(buffer)["w"].data_ptr() == address
 
 
+def test_what_is_left_out_in_place_leaves_no_trace_in_the_bytes() -> None:
+    buffer = Mapped.private(1 << 12)
+    whole = torch.arange(1, 17, dtype=torch.int32)
+    state.write([whole, whole[1::2], torch.arange(1, 17)], buffer)
+    tree = state.read(buffer)
+    less = [tree[1], tree[2][:3]]
+    used = state.write(less, buffer)
+    fresh = Mapped.private(1 << 12)
+    assert state.write([torch.arange(1, 17, dtype=torch.int32)[1::2], torch.arange(1, 4)], fresh) == used
+    assert state.digest(buffer, used) == state.digest(fresh, used)
+
+
 def test_a_layout_planned_for_one_buffer_can_be_written_to_a_larger_one() -> None:
     small, large = Mapped.private(1 << 12), Mapped.private(1 << 13)
     state.write({"w": torch.arange(9)}, small)

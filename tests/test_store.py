@@ -380,7 +380,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 def test_any_sequence_of_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_SPILL", str(tmp_path))
-    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=25, stateful_step_count=20))
+    run_state_machine_as_test(StoreMachine, settings=settings(stateful_step_count=25))
 
 
 WORKER = textwrap.dedent(
@@ -547,13 +547,10 @@ def test_budgets() -> None:
     assert state_budget(12345) == 12345
 
 
-@pytest.mark.parametrize("wrong", ["a lot", "50", "-1GB", "0%", "101%", 0, -5, True, None, 1.5, "999TB"])
-def test_a_budget_that_makes_no_sense_is_refused(wrong: Any) -> None:
-    if wrong == "50":
-        assert state_budget(wrong) == 50
-        return
-    with pytest.raises(ConfigurationError, match=r"state_memory=.*\"50%\""):
-        state_budget(wrong)
+def test_a_budget_that_makes_no_sense_is_refused() -> None:
+    for wrong in ("a lot", "", "%", "-1GB", "0%", "101%", "1e9", 0, -5, True, None, 1.5, "999TB"):
+        with pytest.raises(ConfigurationError, match=r"state_memory=.*\"50%\""):
+            state_budget(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Any
 
-from cerebro_tune.errors import ConfigurationError
+import cloudpickle
+
+from cerebro_tune.errors import ConfigurationError, NotPicklableError
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import WorkerId
 from cerebro_tune.workers.messages import Message, Order
@@ -79,6 +81,18 @@ class WakePipe:
         self.reader = self._writer = -1
         for end in ends:
             os.close(end)
+
+
+def ship(what: Any, name: str) -> bytes:
+    """Cloudpickle what is to travel to the workers; `name` begins the sentence of the error."""
+    try:
+        pickled: bytes = cloudpickle.dumps(what)
+    except Exception as error:  # pickling runs code of the object's own, which may raise anything
+        raise NotPicklableError(
+            f"{name} cannot be sent to the workers: {type(error).__name__}: {error}. Make what it refers to "
+            'inside the trainable instead (open files, locks and connections cannot travel), or use backend="inline".'
+        ) from error
+    return pickled
 
 
 def make_workers(backend: str, devices: Sequence[str], threads: int, **options: Any) -> Workers:

@@ -200,8 +200,8 @@ class _Server:
 
     def status_of(self, pid: int) -> int | None:
         """The wait status of a worker that is ending, killed if it takes too long; None if the server is gone."""
-        self._control.settimeout(_END_S)
         try:
+            self._control.settimeout(_END_S)
             while pid not in self._ended:
                 try:
                     ended, status = self._answer()
@@ -210,10 +210,9 @@ class _Server:
                     self._control.settimeout(None)
                 else:
                     self._ended[ended] = status
-        except (EOFError, OSError):
-            return None
-        finally:
             self._control.settimeout(None)
+        except (EOFError, OSError):  # the server is gone, or was closed because it was
+            return None
         return self._ended.pop(pid)
 
     def close(self) -> None:

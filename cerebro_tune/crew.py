@@ -1,0 +1,85 @@
+"""The workers of one run: who is ready, what each runs, what each is to let go of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cerebro_tune.errors import WorkerError
+from cerebro_tune.settings import RunSettings
+from cerebro_tune.units import Unit, WorkerId
+from cerebro_tune.workers.base import Workers
+from cerebro_tune.workers.messages import Forget, Lost, Message, Ready, Rest, Setup, Task
+
+_FUTILE_STARTS = 3
+"""A worker that dies this often in a row before it is ready will not come up at all."""
+
+
+class Crew:
+    """What a run knows of its workers, beside the state machine."""
+
+    def __init__(self, workers: Workers, settings: RunSettings) -> None:
+        self._workers, self._settings = workers, settings
+        self.ids = workers.ids
+        self.running: dict[WorkerId, Unit] = {}
+        self.unready: set[WorkerId] = set()
+        """Workers that were told of the run and have not answered."""
+        self._futile_starts: dict[WorkerId, int] = dict.fromkeys(workers.ids, 0)
+        self._forgotten: dict[WorkerId, tuple[list[str], list[int]]] = {worker: ([], []) for worker in workers.ids}
+
+    def wait(self) -> list[Message]:
+        """What the workers say next."""
+        return self._workers.wait()
+
+    def set_up(self, worker: WorkerId, *, check: bool) -> None:
+        """Tell a worker of the run. Each shard is checked once on this machine, by one of the workers."""
+        mine = tuple(range(worker.number, self._settings.shards, len(self.ids))) if check else ()
+        self.unready.add(worker)
+        self._workers.send(worker, Setup(self._settings.spec, mine, check and worker.number == 0))
+
+    def became_ready(self, ready: Ready) -> None:
+        """A worker has answered; raises what it found wrong."""
+        self.unready.discard(ready.worker)
+        self._futile_starts[ready.worker] = 0
+        if ready.error is not None:
+            raise ready.error
+
+    def replace(self, lost: Lost, *, check: bool) -> None:
+        """Bring up another worker in the place of a lost one; WorkerError when that was futile too often."""
+        worker = lost.worker
+        self._futile_starts[worker] += 1
+        if self._futile_starts[worker] > _FUTILE_STARTS:
+            raise WorkerError(f"{worker} does not come up: {lost.reason}, {_FUTILE_STARTS} times in a row.")
+        self._forgotten[worker] = ([], [])
+        self._workers.restart(worker)
+        self.set_up(worker, check=check)
+
+    def holdings(self, worker: WorkerId) -> frozenset[int]:
+        """The shards that a worker holds."""
+        first, step = (worker.number, len(self.ids)) if self._settings.pinned else (0, 1)
+        return frozenset(range(first, self._settings.shards, step))
+
+    def give(self, worker: WorkerId, tasks: Sequence[Task]) -> None:
+        """Give an idle worker units to run."""
+        trials, buffers = self._forgotten[worker]
+        if trials or buffers:  # said only to an idle worker: it reads, so that the send cannot block
+            self._workers.send(worker, Forget(tuple(trials), tuple(buffers)))
+            self._forgotten[worker] = ([], [])
+        for task in tasks:
+            self.running[worker] = task.unit
+            self._workers.send(worker, task)
+
+    def forget(self, trials: Iterable[str], buffers: Iterable[int]) -> None:
+        """Note what each worker is to let go of before its next unit."""
+        for ended, freed in self._forgotten.values():
+            ended.extend(trials)
+            freed.extend(buffers)
+
+    def dismiss(self) -> None:
+        """The run is over: who is still busy with it is replaced, the others rest."""
+        for worker in self.ids:
+            if worker in self.running or worker in self.unready:
+                self._workers.restart(worker)
+            else:
+                self._workers.send(worker, Rest())
+        self.running.clear()
+        self.unready.clear()
