@@ -147,11 +147,11 @@ class UnitRunner:
 
     def _write(self, trial: str, working: BufferRef | None, tree: Any) -> tuple[int, str]:
         """Write the state into the trial's working buffer, or into a larger one where it has grown."""
-        needed = state.plan(tree).nbytes
-        if working is None or working.nbytes < needed:
-            working = self._grow(trial, needed)
+        layout = state.plan(tree, None if working is None else self._buffers.open(working))
+        if working is None or working.nbytes < layout.nbytes:
+            working = self._grow(trial, layout.nbytes)
         buffer = self._buffers.open(working)
-        used = state.write(tree, buffer)
+        used = state.write(layout, buffer)
         return used, state.digest(buffer, used)
 
     def _export(self, export: Export, tree: Any, metrics: dict[str, float]) -> bool:
