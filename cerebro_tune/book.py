@@ -24,6 +24,8 @@ class TrialPage:
     shipped: bytes
     """What of it the model takes, cloudpickled."""
     batch_size: int
+    inherited: int = 0
+    """Units that a clone's source had done."""
     trained_under: bytes | None = None
     """The shipped config that the committed state was trained under, while it differs from `shipped`."""
     visits: list[tuple[int, int, str]] = field(default_factory=list)
@@ -34,6 +36,11 @@ class TrialPage:
     checkpoint: Path | None = None
     last_checkpoint: Path | None = None
     error: str | None = None
+
+    @property
+    def units(self) -> int:
+        """Units in the committed state: its own, and those its source had done."""
+        return self.inherited + len(self.visits)
 
     @property
     def last(self) -> dict[str, Any]:

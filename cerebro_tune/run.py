@@ -6,6 +6,7 @@ thread: a command is carried out by the loop between two events, and its caller 
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from cerebro_tune.commands import CommandQueue
 from cerebro_tune.crew import Crew
 from cerebro_tune.errors import ConfigurationError, StateMemoryError, UnknownMetricError
 from cerebro_tune.events import (
+    Event,
     SearchEnded,
     TrialAdded,
     TrialCloned,
@@ -81,6 +83,9 @@ class Run:
         self._commands = CommandQueue(workers.wake)
         self._exporter = ThreadPoolExecutor(1, thread_name_prefix="cerebro-export")
         self._exporting = 0
+        self._orders: deque[Instruction] = deque()
+        self._results: dict[str, Finished] = {}
+        """Of units that ended and are not committed."""
         self._search_ended = self._interrupted = False
         self._fatal: Exception | None = None
 
@@ -131,7 +136,7 @@ class Run:
         self._progress.start(self.snapshot)
         try:
             self._assemble()
-            self._commands.carry_out()
+            self._carry_out_commands()
             while not self._over():
                 for start in self._hopper.dispatch():
                     self._start(start)
@@ -139,7 +144,8 @@ class Run:
                 for message in self._crew.wait():
                     self._hear(message)
                     self._raise_if(self._fatal)
-                self._commands.carry_out()
+                    self._obey()
+                self._carry_out_commands()
             self._export_unended()
         finally:
             self.close()
@@ -173,6 +179,10 @@ class Run:
         shares = self._timeline.shares
         return Snapshot(tuple(rows), shown, self.settings.metric, self.settings.mode, shares.idle, eta)
 
+    def _carry_out_commands(self) -> None:
+        self._commands.carry_out()
+        self._obey()
+
     def _over(self) -> bool:
         return self._interrupted or (
             self._search_ended and self._hopper.settled and not self._exporting and not self._commands
@@ -192,7 +202,7 @@ class Run:
                     case Output():
                         self._print(message)
         for worker in self._crew.ids:
-            self._hopper.apply(WorkerJoined(worker, self._crew.holdings(worker)))
+            self._apply(WorkerJoined(worker, self._crew.holdings(worker)))
 
     # Workers to state machine.
 
@@ -206,18 +216,17 @@ class Run:
                 self._print(message)
             case Ready():
                 self._crew.became_ready(message)
-                self._obey(self._hopper.apply(WorkerJoined(message.worker, self._crew.holdings(message.worker))))
+                self._apply(WorkerJoined(message.worker, self._crew.holdings(message.worker)))
             case Lost():
                 self._lost(message)
 
     def _finished(self, message: Finished) -> None:
         unit = message.unit
         self._crew.running.pop(message.worker, None)
-        self._store.commit(unit.trial, message.used, message.digest)
         self._timeline.add(message)
-        self._book[unit.trial].committed(message)
+        self._results[unit.trial] = message
         elapsed_s = message.spans.ended - message.spans.began
-        self._obey(self._hopper.apply(UnitFinished(message.job, unit, elapsed_s)))
+        self._apply(UnitFinished(message.job, unit, elapsed_s))
 
     def _raised(self, message: Raised) -> None:
         unit = message.unit
@@ -225,7 +234,7 @@ class Run:
         self._book[unit.trial].error = message.error
         reason = message.error.strip().rpartition("\n")[2]
         self._progress.say(f"{unit.trial} failed in epoch {unit.epoch}, shard {unit.shard}: {reason}", "stderr")
-        self._obey(self._hopper.apply(UnitFailed(message.job, unit, reason)))
+        self._apply(UnitFailed(message.job, unit, reason))
 
     def _lost(self, message: Lost) -> None:
         unit = self._crew.running.pop(message.worker, None)
@@ -236,7 +245,7 @@ class Run:
                 f"{message.worker} was lost while it ran epoch {unit.epoch}, shard {unit.shard}: {message.reason}. "
                 f"That happened to this trial more than max_failures={self.settings.max_failures} times."
             )
-        self._obey(self._hopper.apply(WorkerLost(message.worker)))
+        self._apply(WorkerLost(message.worker))
         what = ""
         if unit is not None and self._hopper.status(unit.trial) is not Status.FAILED:
             self._book[unit.trial].error = None
@@ -255,13 +264,23 @@ class Run:
 
     # State machine to workers and tuner.
 
-    def _obey(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            match instruction:
-                case ReportUnit():
-                    self._report(instruction)
-                case DropState():
-                    self._end(instruction.trial, instruction.status)
+    def _apply(self, event: Event) -> None:
+        """Tell the state machine; what it orders is carried out by `_obey`, never from inside another order."""
+        self._orders.extend(self._hopper.apply(event))
+        for trial, finished in list(self._results.items()):
+            # Policy "fixed" holds a result back until its turn: not before that is it the state that others start from.
+            if self._hopper.progress(trial)[1] > self._book[trial].units:
+                del self._results[trial]
+                self._store.commit(trial, finished.used, finished.digest)
+                self._book[trial].committed(finished)
+
+    def _obey(self) -> None:
+        while self._orders:
+            match self._orders.popleft():
+                case ReportUnit() as due:
+                    self._report(due)
+                case DropState(trial, status):
+                    self._end(trial, status)
 
     def _start(self, start: StartJob) -> None:
         tasks = [self._task(start.job, unit) for unit in start.units]
@@ -326,8 +345,8 @@ class Run:
 
     def _exports(self, trial: str) -> bool:
         """Whether the trial's last state is to be written, and is not."""
-        committed, _, _ = self._store.buffers(trial)
-        return self.settings.keep != "none" and committed is not None and self._book[trial].last_checkpoint is None
+        page = self._book[trial]
+        return self.settings.keep != "none" and page.units > 0 and page.last_checkpoint is None
 
     def _export_last(self, trial: str, buffer: Mapped) -> None:
         path = self._book.path(self._book[trial], "last")
@@ -361,9 +380,14 @@ class Run:
         trial = Trial(f"trial-{index:04d}", index, epochs)
         page = TrialPage(trial, chosen, ship(model_config, f"The config {chosen}"), batch_size)
         if parent is None:
-            self._hopper.apply(TrialAdded(trial))
+            self._apply(TrialAdded(trial))
         else:
-            self._hopper.apply(TrialCloned(trial, parent.trial.id))
+            if not parent.units:
+                raise ConfigurationError(
+                    f"{source} has no unit behind it, so there is nothing to clone: add a trial with its config."
+                )
+            self._apply(TrialCloned(trial, parent.trial.id))
+            page.inherited = parent.units
             self._store.clone(trial.id, parent.trial.id)
             before = parent.trained_under or parent.shipped
             page.trained_under = before if before != page.shipped else None
@@ -386,13 +410,13 @@ class Run:
 
     def _decide(self, trial_id: str, decision: Decision) -> None:
         self._page(trial_id)
-        self._obey(self._hopper.apply(TrialDecided(trial_id, decision)))
+        self._apply(TrialDecided(trial_id, decision))
         if self._hopper.status(trial_id) is Status.PAUSED:
             self._store.cool(trial_id)
 
     def _end_search(self) -> None:
         self._search_ended = True
-        self._hopper.apply(SearchEnded())
+        self._apply(SearchEnded())
 
     # The end.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,27 @@ class Raising(Linear):
         if self.state.plan and self._config.get("raise_in") == (work.epoch, work.shard):
             raise RuntimeError("this unit was told to raise")
         return super().run_unit(work)
+
+
+class Remembering(Deep):
+    """Carries the units it has trained in its state, and reports how many they are; takes a while in odd shards."""
+
+    def start(self, config: Any, plan: Plan) -> None:
+        super().start(config, plan)
+        self.seen: list[tuple[int, int]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state.pop("seen")
+        super().load_state_dict(state)
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        assert (work.epoch, work.shard) not in self.seen, f"{work.epoch}, {work.shard} again, after {self.seen}"
+        self.seen.append((work.epoch, work.shard))
+        time.sleep(0.02 * (work.shard % 2))
+        return super().run_unit(work) | {"seen": len(self.seen)}
 
 
 class Diverging(Linear):

@@ -23,7 +23,7 @@ from cerebro_tune.errors import (
 )
 from cerebro_tune.run import Run
 from cerebro_tune.settings import Report
-from nets import Deep, Diverging, Linear, Mortal, Raising, Talking
+from nets import Deep, Diverging, Linear, Mortal, Raising, Remembering, Talking
 
 CONFIGS = [{"lr": 0.001}, {"lr": 0.03}, {"lr": 0.3}]
 
@@ -265,6 +265,30 @@ def test_a_clone_goes_on_from_its_source_under_its_own_config(options: dict[str,
     assert {shard for epoch, shard, _ in same.visits if epoch == 0} == {s for e, s, _ in source.visits[3:] if e == 0}
     assert same.history[0]["units"] == 4
     assert changed.history[-1]["train_loss"] != same.history[-1]["train_loss"]
+
+
+def test_clones_under_the_logical_clock_start_where_their_source_was_committed(options: dict[str, Any]) -> None:
+    """A result that came early waits for its turn, and until then a clone must not see its state."""
+    run: Run
+    cloned: list[str] = []
+
+    def answer(trial_id: str, report: Report) -> Decision:
+        if len(cloned) < 8 and report["units"] > 2:
+            others = [f"trial-{number:04d}" for number in range(3) if f"trial-{number:04d}" != trial_id]
+            cloned.extend(run.clone(other) for other in others if run.status(other) == "running")
+        return Decision.CONTINUE
+
+    fixed = options | {"policy": "fixed", "backend": "local", "epochs": 4}
+    with Cerebro(**fixed) as cerebro:
+        run = cerebro.run(Remembering, Script(answer))
+        for config in CONFIGS:
+            run.add(config)
+        run.end_search()
+        results = cerebro.drive(run)
+    assert len(results) == 3 + len(cloned) >= 11
+    for result in results:
+        assert result.status == "finished", result.error
+        assert [report["seen"] for report in result.history] == [report["units"] for report in result.history]
 
 
 def test_a_changed_key_that_nothing_reads_fails_the_clone_by_name(options: dict[str, Any]) -> None:
