@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.instructions import ReportUnit
 from cerebro_tune.results import TrialResult
+from cerebro_tune.settings import RunSettings
+from cerebro_tune.trainable import Recipe
 from cerebro_tune.units import Status, Trial, Unit
+from cerebro_tune.workers.base import ship
 from cerebro_tune.workers.messages import Export, Finished
 from cerebro_tune.workers.runner import improves
 
@@ -77,9 +81,9 @@ class TrialBook:
     Reports on the whole validation set compete (those at an epoch's end); without a validation set all of them do.
     """
 
-    def __init__(self, metric: str | None, mode: str, run_dir: Path, suffix: str, keep: str, validated: bool) -> None:
-        self.metric, self.mode, self.keep = metric, mode, keep
-        self._run_dir, self._suffix, self._validated = run_dir, suffix, validated
+    def __init__(self, settings: RunSettings, suffix: str) -> None:
+        self.metric, self.mode, self.keep = settings.metric, settings.mode, settings.keep
+        self._settings, self._suffix = settings, suffix
         self._pages: dict[str, TrialPage] = {}
 
     def __getitem__(self, trial: str) -> TrialPage:
@@ -91,17 +95,31 @@ class TrialBook:
     def __len__(self) -> int:
         return len(self._pages)
 
+    def new_page(self, config: Mapping[str, Any] | None, recipe: Recipe) -> TrialPage:
+        """The page of one more trial, not yet in the book; ConfigurationError for a config that cannot be trained."""
+        chosen = dict(config or {})
+        settings = self._settings
+        defaults = {"epochs": settings.epochs, "batch_size": recipe.batch_size or settings.batch_size}
+        ours = {key: default if recipe.takes(key) else chosen.get(key, default) for key, default in defaults.items()}
+        for key, value in ours.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"{key} is {value!r} in a config; it must be a whole number of at least 1.")
+        model_config = recipe.model_config(chosen)
+        recipe.check_config(model_config)
+        trial = Trial(f"trial-{len(self):04d}", len(self), ours["epochs"])
+        return TrialPage(trial, chosen, ship(model_config, f"The config {chosen}"), ours["batch_size"])
+
     def add(self, page: TrialPage) -> None:
-        """Open a page."""
+        """Put a page into the book."""
         self._pages[page.trial.id] = page
 
     def competes(self, epoch_done: bool) -> bool:
         """Whether a report made here may be a trial's best."""
-        return epoch_done or not self._validated
+        return epoch_done or self._settings.spec.validation is None
 
     def path(self, page: TrialPage, name: str) -> Path:
         """Where a checkpoint of the trial lies: name is `best` or `last`."""
-        return self._run_dir / page.trial.id / f"{name}{self._suffix}"
+        return self._settings.run_dir / page.trial.id / f"{name}{self._suffix}"
 
     def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:
         """What the worker is to write after this unit, if anything."""
@@ -127,7 +145,7 @@ class TrialBook:
 
     def result(self, page: TrialPage, status: Status, cut_short: bool) -> TrialResult:
         """The trial's result as things stand; of a run that was cut short, what had not ended counts as stopped."""
-        ended = status in (Status.FINISHED, Status.STOPPED, Status.FAILED, Status.PAUSED)
+        ended = status.ended or status is Status.PAUSED
         assert ended or cut_short, f"{page.trial.id} is {status.value}: no result yet"
         return TrialResult(
             trial_id=page.trial.id,

@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cerebro_tune.book import TrialBook
+    from cerebro_tune.crew import Crew
+    from cerebro_tune.hopper import Hopper
+    from cerebro_tune.timeline import Timeline
+
 _REDRAW_S = 0.25
 """A snapshot visits every trial: with thousands of them, one per unit would cost more than the unit."""
 
@@ -40,6 +45,20 @@ class Snapshot:
     idle: float
     """Share of worker time spent idle so far."""
     eta_s: float | None
+
+
+def take_snapshot(book: TrialBook, hopper: Hopper, crew: Crew, timeline: Timeline) -> Snapshot:
+    """The state of a run now."""
+    rows, left = [], 0
+    for page in book:
+        _, done, total = hopper.progress(page.trial.id)
+        status = hopper.status(page.trial.id)
+        left += 0 if status.ended else total - done
+        rows.append(TrialRow(page.trial.id, status.value, done / total, page.last))
+    running = [(worker, crew.running.get(worker)) for worker in crew.ids]
+    shown = tuple((str(worker), f"{unit.trial} shard {unit.shard}" if unit else "idle") for worker, unit in running)
+    eta_s = timeline.mean_unit_s * left / len(crew.ids) if timeline.units else None
+    return Snapshot(tuple(rows), shown, book.metric, book.mode, timeline.shares.idle, eta_s)
 
 
 class Progress(ABC):

@@ -7,13 +7,10 @@ thread: a command is carried out by the loop between two events, and its caller 
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
-from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
-from cerebro_tune.buffers import Mapped
 from cerebro_tune.commands import CommandQueue
 from cerebro_tune.crew import Crew
 from cerebro_tune.errors import ConfigurationError, StateMemoryError, UnknownMetricError
@@ -28,16 +25,17 @@ from cerebro_tune.events import (
     WorkerJoined,
     WorkerLost,
 )
+from cerebro_tune.exporter import Exporter
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
-from cerebro_tune.progress import Progress, Snapshot, TrialRow
+from cerebro_tune.progress import Progress, Snapshot, take_snapshot
 from cerebro_tune.results import Results
 from cerebro_tune.settings import RunSettings, Tuner
 from cerebro_tune.store import BufferRef, StateStore
 from cerebro_tune.timeline import Timeline
 from cerebro_tune.trainable import Config, Recipe
-from cerebro_tune.units import Decision, Shard, Status, Trial, Unit
-from cerebro_tune.workers.base import Workers, ship
+from cerebro_tune.units import Decision, Shard, Status, Unit
+from cerebro_tune.workers.base import Workers
 from cerebro_tune.workers.messages import (
     Finished,
     Lost,
@@ -47,8 +45,6 @@ from cerebro_tune.workers.messages import (
     Ready,
     Task,
 )
-
-ENDED = (Status.FINISHED, Status.STOPPED, Status.FAILED)
 
 
 class Run:
@@ -76,13 +72,10 @@ class Run:
             max_failures=settings.max_failures,
             seed=spec.seed,
         )
-        self._book = TrialBook(
-            settings.metric, settings.mode, settings.run_dir, recipe.suffix, settings.keep, spec.validation is not None
-        )
+        self._book = TrialBook(settings, recipe.suffix)
         self._timeline = Timeline(workers.ids, settings.trace)
         self._commands = CommandQueue(workers.wake)
-        self._exporter = ThreadPoolExecutor(1, thread_name_prefix="cerebro-export")
-        self._exporting = 0
+        self._exporter = Exporter(recipe, self._book)
         self._orders: deque[Instruction] = deque()
         self._results: dict[str, Finished] = {}
         """Of units that ended and are not committed."""
@@ -164,20 +157,7 @@ class Run:
 
     def snapshot(self) -> Snapshot:
         """What a display shows."""
-        rows = []
-        left = 0
-        for page in self._book:
-            _, done, total = self._hopper.progress(page.trial.id)
-            status = self._hopper.status(page.trial.id)
-            left += 0 if status in ENDED else total - done
-            rows.append(TrialRow(page.trial.id, status.value, done / total, page.last or {}))
-        running = {worker: self._crew.running.get(worker) for worker in self._crew.ids}
-        shown = tuple(
-            (str(worker), f"{unit.trial} shard {unit.shard}" if unit else "idle") for worker, unit in running.items()
-        )
-        eta = self._timeline.mean_unit_s * left / len(self._crew.ids) if self._timeline.units else None
-        shares = self._timeline.shares
-        return Snapshot(tuple(rows), shown, self.settings.metric, self.settings.mode, shares.idle, eta)
+        return take_snapshot(self._book, self._hopper, self._crew, self._timeline)
 
     def _carry_out_commands(self) -> None:
         self._commands.carry_out()
@@ -185,7 +165,7 @@ class Run:
 
     def _over(self) -> bool:
         return self._interrupted or (
-            self._search_ended and self._hopper.settled and not self._exporting and not self._commands
+            self._search_ended and self._hopper.settled and not self._exporter.pending and not self._commands
         )
 
     def _assemble(self) -> None:
@@ -273,6 +253,11 @@ class Run:
                 del self._results[trial]
                 self._store.commit(trial, finished.used, finished.digest)
                 self._book[trial].committed(finished)
+                self._cool_if_paused(trial)
+
+    def _cool_if_paused(self, trial: str) -> None:
+        if self._hopper.status(trial) is Status.PAUSED:
+            self._store.cool(trial)
 
     def _obey(self) -> None:
         while self._orders:
@@ -336,30 +321,19 @@ class Run:
 
     def _end(self, trial: str, status: Status) -> None:
         """Export the state of a trial that was stopped, then let go of it."""
-        if status is Status.STOPPED and self._exports(trial):
-            self._exporting += 1
-            exporting = self._exporter.submit(self._export_last, trial, self._store.mapped(trial))
-            exporting.add_done_callback(lambda done: self._commands.post(partial(self._exported, trial, done)))
+        page = self._book[trial]
+        if status is Status.STOPPED and self._exporter.due(page):
+            self._exporter.begin(
+                page,
+                self._store.mapped(trial),
+                then=lambda done: self._commands.post(partial(self._exported, trial, done)),
+            )
         else:
             self._release(trial)
 
-    def _exports(self, trial: str) -> bool:
-        """Whether the trial's last state is to be written, and is not."""
-        page = self._book[trial]
-        return self.settings.keep != "none" and page.units > 0 and page.last_checkpoint is None
-
-    def _export_last(self, trial: str, buffer: Mapped) -> None:
-        path = self._book.path(self._book[trial], "last")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._recipe.export(state.read(buffer), path)
-
     def _exported(self, trial: str, done: Future[None]) -> None:
-        self._exporting -= 1
-        if error := done.exception():
-            self._progress.say(f"{trial}: its last checkpoint could not be written: {error}", "stderr")
-        else:
-            page = self._book[trial]
-            page.last_checkpoint = self._book.path(page, "last")
+        if wrong := self._exporter.conclude(done):
+            self._progress.say(f"{trial}: {wrong}", "stderr")
         self._release(trial)
 
     def _release(self, trial: str) -> None:
@@ -370,15 +344,9 @@ class Run:
     # Commands, on the loop's thread.
 
     def _add(self, config: Config | None, source: str | None) -> str:
-        index = len(self._book)
         parent = None if source is None else self._page(source)
-        chosen = dict(config if config is not None else parent.config if parent else {})
-        epochs = self._own(chosen, "epochs", self.settings.epochs)
-        batch_size = self._own(chosen, "batch_size", self._recipe.batch_size or self.settings.batch_size)
-        model_config = self._recipe.model_config(chosen)
-        self._recipe.check_config(model_config)
-        trial = Trial(f"trial-{index:04d}", index, epochs)
-        page = TrialPage(trial, chosen, ship(model_config, f"The config {chosen}"), batch_size)
+        page = self._book.new_page(config if config is not None or parent is None else parent.config, self._recipe)
+        trial = page.trial
         if parent is None:
             self._apply(TrialAdded(trial))
         else:
@@ -394,13 +362,6 @@ class Run:
         self._book.add(page)
         return trial.id
 
-    def _own(self, config: dict[str, Any], key: str, default: int) -> int:
-        """A value of ours that a config may set, unless the model itself takes the key."""
-        value = default if self._recipe.takes(key) else config.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigurationError(f"{key} is {value!r} in a config; it must be a whole number of at least 1.")
-        return value
-
     def _page(self, trial_id: str) -> TrialPage:
         try:
             return self._book[trial_id]
@@ -411,8 +372,7 @@ class Run:
     def _decide(self, trial_id: str, decision: Decision) -> None:
         self._page(trial_id)
         self._apply(TrialDecided(trial_id, decision))
-        if self._hopper.status(trial_id) is Status.PAUSED:
-            self._store.cool(trial_id)
+        self._cool_if_paused(trial_id)
 
     def _end_search(self) -> None:
         self._search_ended = True
@@ -424,15 +384,14 @@ class Run:
         """Write the last checkpoint of what stands paused, or was cut short by an interrupt."""
         for page in self._book:
             trial = page.trial.id
-            if self._hopper.status(trial) not in ENDED and self._exports(trial):
-                self._export_last(trial, self._store.mapped(trial))
-                page.last_checkpoint = self._book.path(page, "last")
+            if not self._hopper.status(trial).ended and self._exporter.due(page):
+                self._exporter.write(page, self._store.mapped(trial))
 
     def close(self) -> None:
         """Let go of everything: workers still busy with units are replaced. May be called twice."""
         if not self._commands.close():
             return
-        self._exporter.shutdown()
+        self._exporter.close()
         self._crew.dismiss()
         self._store.close()
         if self.settings.trace:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,15 +137,15 @@ class _Coordinator:
         )
 
 
-class WorkersContract:
+class WorkersContract(ABC):
     """What every backend must do. Override `make`."""
 
     kill = False
     """Whether the workers are processes, which a unit may take down."""
 
+    @abstractmethod
     def make(self, count: int) -> Workers:
         """New workers, not started."""
-        raise NotImplementedError("a contract's subclass says how its workers are made")
 
     @contextmanager
     def _started(self, count: int, folder: Path) -> Iterator[_Coordinator]:

@@ -68,3 +68,11 @@ class Status(Enum):
     FINISHED = "finished"
     STOPPED = "stopped"
     FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can happen to the trial any more."""
+        return self in _ENDED
+
+
+_ENDED = frozenset({Status.FINISHED, Status.STOPPED, Status.FAILED})

@@ -1,0 +1,46 @@
+"""The last checkpoints that no worker wrote: of trials that were stopped, stand paused, or were cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from cerebro_tune import state
+from cerebro_tune.book import TrialBook, TrialPage
+from cerebro_tune.buffers import Mapped
+from cerebro_tune.trainable import Recipe
+
+
+class Exporter:
+    """Writes committed states as checkpoints, on a thread of its own so that the loop goes on meanwhile."""
+
+    def __init__(self, recipe: Recipe, book: TrialBook) -> None:
+        self._recipe, self._book = recipe, book
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cerebro-export")
+        self.pending = 0
+
+    def due(self, page: TrialPage) -> bool:
+        """Whether the trial's last state is to be written, and is not."""
+        return self._book.keep != "none" and page.units > 0 and page.last_checkpoint is None
+
+    def write(self, page: TrialPage, buffer: Mapped) -> None:
+        """Write the state in `buffer` as the trial's last checkpoint."""
+        path = self._book.path(page, "last")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._recipe.export(state.read(buffer), path)
+        page.last_checkpoint = path
+
+    def begin(self, page: TrialPage, buffer: Mapped, then: Callable[[Future[None]], object]) -> None:
+        """Write it on the thread; `then` is called there, and is to see that `conclude` is called on the loop's."""
+        self.pending += 1
+        self._thread.submit(self.write, page, buffer).add_done_callback(then)
+
+    def conclude(self, done: Future[None]) -> str | None:
+        """One that was begun is done; returns what went wrong, if something did."""
+        self.pending -= 1
+        error = done.exception()
+        return None if error is None else f"its last checkpoint could not be written: {error}"
+
+    def close(self) -> None:
+        """Wait for what was begun."""
+        self._thread.shutdown()
