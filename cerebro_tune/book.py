@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.errors import UnknownMetricError
 from cerebro_tune.instructions import ReportUnit
 from cerebro_tune.results import TrialResult
-from cerebro_tune.settings import RunSettings
+from cerebro_tune.settings import RunSettings, whole_number
 from cerebro_tune.trainable import Recipe
 from cerebro_tune.units import Status, Trial, Unit
 from cerebro_tune.workers.base import ship
@@ -85,6 +85,7 @@ class TrialBook:
         self.metric, self.mode, self.keep = settings.metric, settings.mode, settings.keep
         self._settings, self._suffix = settings, suffix
         self._pages: dict[str, TrialPage] = {}
+        self._warned = False
 
     def __getitem__(self, trial: str) -> TrialPage:
         return self._pages[trial]
@@ -101,9 +102,7 @@ class TrialBook:
         settings = self._settings
         defaults = {"epochs": settings.epochs, "batch_size": recipe.batch_size or settings.batch_size}
         ours = {key: default if recipe.takes(key) else chosen.get(key, default) for key, default in defaults.items()}
-        for key, value in ours.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"{key} is {value!r} in a config; it must be a whole number of at least 1.")
+        ours = {key: whole_number(f"{key} in a config", value, 1) for key, value in ours.items()}
         model_config = recipe.model_config(chosen)
         recipe.check_config(model_config)
         trial = Trial(f"trial-{len(self):04d}", len(self), ours["epochs"])
@@ -130,6 +129,26 @@ class TrialBook:
             return None
         so_far = page.best[self.metric] if page.best is not None and self.metric is not None else None
         return Export(best, self.metric, self.mode, so_far, final)
+
+    def check_metric(self, page: TrialPage, due: ReportUnit) -> str | None:
+        """Raise UnknownMetricError if a report at an epoch's end lacks the metric; before that, warn of it once.
+
+        Some metrics are logged only at an epoch's end, but most that are missing are misspelled.
+        """
+        if self.metric is None or self.metric in page.last:
+            return None
+        has = ", ".join(sorted(page.latest.metrics)) if page.latest else "nothing"
+        if due.epoch_done:
+            raise UnknownMetricError(
+                f"No report has a metric {self.metric!r}; this one, of {page.trial.id}, has {has}."
+            )
+        if self._warned:
+            return None
+        self._warned = True
+        return (
+            f"The first report has no metric {self.metric!r}, but {has}. "
+            "If it is not in those at the end of the first epoch either, the run stops there."
+        )
 
     def note(self, page: TrialPage, report: dict[str, Any], due: ReportUnit) -> None:
         """Rank a new report, and note the checkpoints that its unit wrote."""

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
+from time import time
 from types import TracebackType
 from typing import Any
 
-import psutil
-
+from cerebro_tune.arguments import (
+    at_least,
+    batch_form,
+    check_alike,
+    cores,
+    dataset,
+    devices_of,
+    edited_since,
+    listed,
+    new_folder,
+    one_of,
+)
 from cerebro_tune.budget import state_budget
-from cerebro_tune.data import BatchForm, ShardedDataset
+from cerebro_tune.data import ShardedDataset
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.policy import Policy
 from cerebro_tune.progress import make_progress
@@ -29,8 +39,6 @@ from cerebro_tune.units import Decision
 from cerebro_tune.workers.base import Workers, make_workers, ship
 from cerebro_tune.workers.messages import RunSpec
 
-_LOADER_KEYS = ("columns", "as_dict", "transform", "collate_fn", "last_batch")
-
 
 class Cerebro:
     """Trains many trials side by side on few workers by model hopper parallelism.
@@ -38,8 +46,8 @@ class Cerebro:
     Args:
         train: The training set: a `ShardedDataset` or the path of one.
         validation: The validation set, likewise; without one no metrics of validation are reported.
-        epochs: Passes over the training set; a config's own `epochs` wins.
-        batch_size: Rows per optimizer batch; a config's own `batch_size` wins.
+        epochs: Passes over the training set. A config's own `epochs` wins, unless the model itself takes that key.
+        batch_size: Rows per batch. A config's own `batch_size` wins, unless the model itself takes that key.
         loader: How batches are made: `columns`, `as_dict`, `transform`, `collate_fn`, and
             `last_batch` ("spread": near-equal batches; "keep": a short last one; "drop").
         workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU.
@@ -87,37 +95,38 @@ class Cerebro:
         progress: bool | None = None,
         trace: bool = False,
     ) -> None:
-        self.train = _dataset("train", train)
-        self.validation = None if validation is None else _dataset("validation", validation)
-        self.form, self.last_batch = _batch_form(loader or {}, self.train)
-        for dataset in (self.train, self.validation):
-            if dataset is not None:
-                self.form.validate(dataset.schema)
-        self.epochs, self.batch_size = _at_least(1, epochs=epochs), _at_least(1, batch_size=batch_size)
-        self.devices = _devices(workers, devices, _at_least(1, workers_per_device=workers_per_device))
+        self.train = dataset("train", train)
+        self.validation = None if validation is None else dataset("validation", validation)
+        self.form, self.last_batch = batch_form(loader or {}, self.train)
+        self.form.validate(self.train.schema)
+        if self.validation is not None:
+            check_alike(self.train, self.validation, self.form)
+        self.epochs, self.batch_size = at_least(1, epochs=epochs), at_least(1, batch_size=batch_size)
+        self.devices = devices_of(workers, devices, at_least(1, workers_per_device=workers_per_device))
         self.backend = backend
         self.placement = "shared" if placement == "auto" else placement
-        _one_of(placement=placement, valid=("auto", "shared", "pinned"))
+        one_of(placement=placement, valid=("auto", "shared", "pinned"))
         if self.placement == "pinned" and len(self.devices) > self.train.num_shards:
             raise ConfigurationError(
                 f"{self.train.num_shards} shards cannot be pinned to {len(self.devices)} workers: each needs one. "
                 f"Write the set with num_shards >= {len(self.devices)}, or use placement='shared'."
             )
-        self.live_trials = 2 * len(self.devices) if live_trials is None else _at_least(1, live_trials=live_trials)
+        self.live_trials = 2 * len(self.devices) if live_trials is None else at_least(1, live_trials=live_trials)
         self.policy = (
-            policy if not isinstance(policy, str) else _one_of(policy=policy, valid=("auto", "random", "fixed"))
+            policy if not isinstance(policy, str) else one_of(policy=policy, valid=("auto", "random", "fixed"))
         )
-        self.report_every = _one_of(report_every=report_every, valid=("unit", "epoch"))
+        self.report_every = one_of(report_every=report_every, valid=("unit", "epoch"))
         self.validation_rows = self._subset_rows(validation_rows)
-        self.keep = _one_of(keep=keep, valid=("best", "last", "none"))
+        self.keep = one_of(keep=keep, valid=("best", "last", "none"))
         self.state_memory_bytes = state_budget(state_memory)
-        self.max_failures = _at_least(0, max_failures=max_failures)
+        self.max_failures = at_least(0, max_failures=max_failures)
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.seed, self.trace = seed, trace
+        self.seed, self.trace = at_least(0, seed=seed), trace
         self._progress = progress
-        self._threads = max(1, len(_cores()) // len(self.devices))
+        self._threads = max(1, len(cores()) // len(self.devices))
         self._workers: Workers | None = None
         self._current: Run | None = None
+        self._counter = _Counter()
 
     def units(self, epochs: float) -> int:
         """Epochs in units: what a tuner calls `max_t` or `grace_period` when every unit is reported."""
@@ -130,14 +139,14 @@ class Cerebro:
 
         A unit that raises fails its trial, with the traceback in `TrialResult.error`; the others go on.
         """
-        listed = [{}] if configs is None else [dict(config) for config in configs]
-        if not listed:
+        chosen = [{}] if configs is None else listed(configs)
+        if not chosen:
             raise ConfigurationError(
                 "configs is empty: there is nothing to train. Without hyperparameters leave it out."
             )
         run = self.run(trainable, _TrainAll(), metric=metric, mode=mode)
         try:
-            for config in listed:
+            for config in chosen:
                 run.add(config)
             run.end_search()
         except BaseException:
@@ -146,43 +155,54 @@ class Cerebro:
         with _interruptible(run):
             results = self.drive(run)
         if self._progress is not False:
-            hint = f" ({results.shares.hint})" if results.shares.hint else ""
-            print(f"{results.shares}{hint}")
+            # Workers of the inline backend take turns: that they idle is no news.
+            hint = results.shares.hint if self.backend != "inline" else None
+            print(("Interrupted; the results so far. " if results.interrupted else "") + str(results.shares), end="")
+            print(f" ({hint})" if hint else "")
         return results
 
     def run(self, trainable: Any, tuner: Tuner, *, metric: str | None = None, mode: str = "min") -> Run:
         """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it."""
         if self._current is not None:
             raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")
-        _one_of(mode=mode, valid=("min", "max"))
+        one_of(mode=mode, valid=("min", "max"))
+        if metric is not None and not isinstance(metric, str):
+            raise ConfigurationError(f"metric is {metric!r}; it must be the name of one metric.")
         recipe = as_recipe(trainable)
+        if self._workers is not None and edited_since(self._started_s):
+            self.close()
         self.start()
         assert self._workers is not None, "started"
         settings = self._settings(recipe, metric, mode)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
-        self._current = Run(self._workers, store, recipe, settings, tuner, make_progress(self._progress))
-        return self._current
+        run = Run(self._workers, store, recipe, settings, tuner, make_progress(self._progress))
+        self._current = self._counter.run = run
+        return run
 
     def drive(self, run: Run) -> Results:
         """Run to the end, on this thread."""
         try:
-            return run.drive()
-        finally:
+            results = run.drive()
+        except BaseException:
             self._end(run)
+            raise
+        self._current = self._counter.run = None
+        return results
 
     def start(self) -> None:
         """Start the workers, unless they are up."""
         if self._workers is None:
             self._workers = make_workers(self.backend, self.devices, self._threads)
-            self._workers.start(self._grow)
-            atexit.register(self.close)
+            self._started_s = time()
+            self._workers.start(self._counter.grow)
+            # Not a bound method of this object: an executor that nobody has any more ends its workers.
+            self._end_workers = weakref.finalize(self, self._workers.close)
 
     def close(self) -> None:
         """End the workers and leave no process, thread, descriptor or shared memory behind."""
         if self._workers is not None:
-            self._workers.close()
             self._workers = None
-            atexit.unregister(self.close)
+            self._end_workers()
 
     def __enter__(self) -> Cerebro:
         self.start()
@@ -194,15 +214,12 @@ class Cerebro:
         self.close()
 
     def _end(self, run: Run) -> None:
+        """Give a run up."""
         run.close()
-        self._current = None
+        self._current = self._counter.run = None
         if not run.units:
             with suppress(OSError):  # it has something in it after all
                 run.settings.run_dir.rmdir()
-
-    def _grow(self, trial: str, nbytes: int) -> BufferRef:
-        assert self._current is not None, "a worker runs a unit, and there is no run"
-        return self._current.grow(trial, nbytes)
 
     def _settings(self, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
         spec = RunSpec(
@@ -228,7 +245,7 @@ class Cerebro:
             mode=mode,
             trace=self.trace,
             spec=spec,
-            run_dir=_new_folder(self.run_dir, recipe.name),
+            run_dir=new_folder(self.run_dir, recipe.name),
         )
 
     def _subset_rows(self, wanted: int | str) -> int | None:
@@ -241,7 +258,17 @@ class Cerebro:
             return everything
         if isinstance(wanted, str):
             raise ConfigurationError(f'validation_rows is {wanted!r}; valid: "auto", "all" or a number of rows.')
-        return min(everything, _at_least(1, validation_rows=wanted))
+        return min(everything, at_least(1, validation_rows=wanted))
+
+
+class _Counter:
+    """Where workers ask for buffers: it serves them from the run in progress."""
+
+    run: Run | None = None
+
+    def grow(self, trial: str, nbytes: int) -> BufferRef:
+        assert self.run is not None, "a worker runs a unit, and there is no run"
+        return self.run.grow(trial, nbytes)
 
 
 class _TrainAll:
@@ -271,81 +298,3 @@ def _interruptible(run: Run) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _dataset(name: str, given: Any) -> ShardedDataset:
-    if isinstance(given, ShardedDataset):
-        return given
-    if isinstance(given, str | os.PathLike):
-        return ShardedDataset.open(given)
-    raise ConfigurationError(
-        f"{name} is a {type(given).__name__}; valid: a ShardedDataset, or the path of one. "
-        "Write one with ShardedDataset.write(source, path, num_shards=8)."
-    )
-
-
-def _batch_form(loader: Mapping[str, Any], train: ShardedDataset) -> tuple[BatchForm, str]:
-    unknown = sorted(loader.keys() - set(_LOADER_KEYS))
-    if unknown:
-        raise ConfigurationError(f"loader has {', '.join(unknown)}; valid: {', '.join(_LOADER_KEYS)}.")
-    options = dict(loader)
-    last_batch = _one_of(last_batch=options.pop("last_batch", "spread"), valid=("spread", "keep", "drop"))
-    options["columns"] = tuple(options.get("columns") or train.columns)
-    return BatchForm(**options), last_batch
-
-
-def _devices(workers: int | None, devices: str | Sequence[str], per_device: int) -> tuple[str, ...]:
-    """The device of each worker."""
-    if isinstance(devices, str):
-        kinds = [devices]
-        if devices in ("auto", "cuda"):
-            import torch
-
-            kinds = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-            if not kinds and devices == "cuda":
-                raise ConfigurationError('devices is "cuda", but torch sees no CUDA device; use "auto" or "cpu".')
-    else:
-        kinds = list(devices)
-    if not kinds or kinds == ["cpu"]:
-        return ("cpu",) * (len(_cores()) if workers is None else _at_least(1, workers=workers))
-    seats = kinds * per_device
-    if workers is None:
-        return tuple(seats)
-    return tuple(seats[number % len(seats)] for number in range(_at_least(1, workers=workers)))
-
-
-def _cores() -> list[int]:
-    """The cores this process may use; hyperthreads beyond the physical cores do not count."""
-    allowed = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
-    usable = allowed or list(range(os.cpu_count() or 1))
-    return usable[: psutil.cpu_count(logical=False) or len(usable)]
-
-
-def _new_folder(base: Path | None, name: str) -> Path:
-    """A new folder for a run: under `base` numbered, otherwise `runs/<time>-<name>`."""
-    stem = "run" if base is None else None
-    parent = Path("runs") if base is None else base
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{name}" if stem else "run"
-    number = 0
-    while True:
-        folder = parent / (stamp if stem and not number else f"{stamp}-{number:04d}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder.absolute()
-
-
-def _at_least(least: int, **named: Any) -> int:
-    ((name, value),) = named.items()
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigurationError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
-    return value
-
-
-def _one_of(valid: Sequence[str], **named: Any) -> str:
-    ((name, value),) = named.items()
-    if value not in valid:
-        raise ConfigurationError(f"{name} is {value!r}; valid: {', '.join(map(repr, valid))}.")
-    return str(value)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TrialResult:
     """How one trial went.
 
@@ -37,14 +37,25 @@ class TrialResult:
     error: str | None = None
     """The traceback of a failed trial."""
 
+    def __repr__(self) -> str:
+        values = {name: value for name, value in self.metrics.items() if isinstance(value, int | float)}
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+        return f"TrialResult({self.trial_id}, {self.status}, {dict(self.config)}, {shown})"
+
 
 class Results(Sequence[TrialResult]):
     """The trials of a run in the order in which they were added, and where their files are."""
 
     def __init__(
-        self, trials: Sequence[TrialResult], metric: str | None, mode: str, run_dir: Path, shares: TimeShares
+        self,
+        trials: Sequence[TrialResult],
+        metric: str | None,
+        mode: str,
+        run_dir: Path,
+        shares: TimeShares,
+        interrupted: bool = False,
     ) -> None:
-        self._trials = tuple(trials)
+        self._trials, self.interrupted = tuple(trials), interrupted
         self.metric, self.mode, self.run_dir, self.shares = metric, mode, run_dir, shares
 
     def __len__(self) -> int:
@@ -79,8 +90,10 @@ class Results(Sequence[TrialResult]):
         if ranked:
             return ranked[0]
         errors = [trial.error for trial in self._trials if trial.error]
+        nowhere = not any(self.metric in trial.metrics for trial in self._trials)
         raise CerebroError(
-            f"None of the {len(self)} trials has reported {self.metric!r}."
+            f"None of the {len(self)} trials has reported {self.metric!r}"
+            + ("." if nowhere else " as anything but NaN.")
             + (f" The first error was:\n{errors[0]}" if errors else "")
         )
 

@@ -13,7 +13,7 @@ from functools import partial
 from cerebro_tune.book import TrialBook, TrialPage
 from cerebro_tune.commands import CommandQueue
 from cerebro_tune.crew import Crew
-from cerebro_tune.errors import ConfigurationError, StateMemoryError, UnknownMetricError
+from cerebro_tune.errors import ConfigurationError, StateMemoryError
 from cerebro_tune.events import (
     Event,
     SearchEnded,
@@ -153,7 +153,8 @@ class Run:
     def results(self) -> Results:
         """The results so far."""
         results = [self._book.result(page, self._hopper.status(page.trial.id), cut_short=True) for page in self._book]
-        return Results(results, self.settings.metric, self.settings.mode, self.settings.run_dir, self._timeline.shares)
+        settings, shares = self.settings, self._timeline.shares
+        return Results(results, settings.metric, settings.mode, settings.run_dir, shares, self._interrupted)
 
     def snapshot(self) -> Snapshot:
         """What a display shows."""
@@ -213,7 +214,8 @@ class Run:
         self._crew.running.pop(message.worker, None)
         self._book[unit.trial].error = message.error
         reason = message.error.strip().rpartition("\n")[2]
-        self._progress.say(f"{unit.trial} failed in epoch {unit.epoch}, shard {unit.shard}: {reason}", "stderr")
+        where = f"{unit.trial} failed in epoch {unit.epoch}, shard {unit.shard}"
+        self._progress.say(f"{where}: {reason} (its result's .error has the traceback)", "stderr")
         self._apply(UnitFailed(message.job, unit, reason))
 
     def _lost(self, message: Lost) -> None:
@@ -307,10 +309,8 @@ class Run:
         trial_id = due.unit.trial
         page = self._book[trial_id]
         report = page.report(due, self.settings.shards)
-        metric = self.settings.metric
-        if metric is not None and metric not in report:
-            names = ", ".join(sorted(page.latest.metrics)) if page.latest else ""
-            raise UnknownMetricError(f"No report has a metric {metric!r}; this one, of {trial_id}, has {names}.")
+        if warning := self._book.check_metric(page, due):
+            self._progress.say(warning, "stderr")
         self._book.note(page, report, due)
         if due.epoch_done:
             self._progress.reported(trial_id, report)

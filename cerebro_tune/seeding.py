@@ -68,7 +68,8 @@ class VisitLoader:
         last_batch: As in the run's loader.
         form: What a batch looks like, as in the run's loader.
 
-    Each time the first batch of a shard is fetched, the generators are seeded as in the unit, so that dropout and the
+    Call `cerebro_tune.seeding.seed_build(seed, trial_index)` before the model is built, as the trial's was. Each
+    time the first batch of a shard is fetched, the generators are seeded as in the unit, so that dropout and the
     like draw the same numbers.
     """
 

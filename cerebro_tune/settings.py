@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.policy import Policy
 from cerebro_tune.results import TrialResult
 from cerebro_tune.units import Decision
@@ -23,6 +25,17 @@ class Tuner(Protocol):
 
     def on_end(self, result: TrialResult) -> None:
         """A trial has ended; its checkpoints are written."""
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """The value as an int, NumPy's included; ConfigurationError names it when it is none, or below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        raise ConfigurationError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+    return number
 
 
 @dataclass(frozen=True, slots=True)

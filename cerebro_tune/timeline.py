@@ -55,7 +55,7 @@ class Timeline:
         spans = finished.spans
         self._began = spans.began if self._began is None else min(self._began, spans.began)
         self._ended = max(self._ended, spans.ended)
-        self._compute += spans.compute_s
+        self._compute += spans.compute_s + spans.build_s
         self._validate += spans.validation_s
         self._hop += spans.hop_s
         self.units += 1
@@ -90,7 +90,8 @@ class Timeline:
             trained = spans.trained - spans.validation_s
             for name, began, ended in (
                 ("idle", free_since[finished.worker], spans.began),
-                ("hop", spans.began, spans.loaded),
+                ("build", spans.began, spans.began + spans.build_s),
+                ("hop", spans.began + spans.build_s, spans.loaded),
                 (unit.trial, spans.loaded, trained),
                 ("validate", trained, spans.trained),
                 ("commit", spans.trained, spans.ended),

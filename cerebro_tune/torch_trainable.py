@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cerebro_tune.adopt import adopt_optimizer
+from cerebro_tune.attributes import Attributes, modules_of
 from cerebro_tune.errors import ConfigurationError, NotTrainableError, StateError
 from cerebro_tune.trainable import Batches, Config, Plan, Recipe, Trainable, UnitWork, change_optimizers
 
@@ -48,6 +50,10 @@ class TorchTrainable(Trainable):
     Class attributes: `precision` (one of 32, 64, bf16-true, bf16-mixed, 16-mixed), `clip_norm` (largest gradient norm,
     or None), `accumulate` (batches per optimizer step), `schedule` ("step" or "epoch": when the scheduler steps) and
     `monitor` (the metric that a ReduceLROnPlateau watches).
+
+    What hops: the model's parameters and buffers, optimizer, scheduler, scaler, pending gradients, and plain attributes
+    (numbers, text, tensors, containers of these) of the trainable and of the model's own modules. Random numbers do
+    not: each unit seeds them. Keep anything else out of attributes, or override `state_dict` and `load_state_dict`.
     """
 
     precision: ClassVar[str] = "32"
@@ -101,7 +107,7 @@ class TorchTrainable(Trainable):
     def start(self, config: Config, plan: Plan) -> None:  # noqa: D102
         weights, autocast = _PRECISIONS[self.precision]
         self._config = _ReadKeys(config)
-        model, optimizer, *rest = self.build(self._config, plan)
+        model, optimizer, *rest = self._checked(self.build(self._config, plan))
         if weights is not torch.float32:
             model.to(weights)
         self._autocast = autocast
@@ -109,6 +115,8 @@ class TorchTrainable(Trainable):
         model.to(self._device)
         scaler = torch.amp.GradScaler(self._device.type, enabled=autocast is torch.float16)
         self.state = TrainingState(model, optimizer, rest[0] if rest else None, scaler, plan)
+        # Last, so that what was set here is part of a fresh build.
+        self._attributes = Attributes(lambda: [("", self), *modules_of(model)], ("state", "_config", "_attributes"))
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         state = self.state
@@ -122,6 +130,7 @@ class TorchTrainable(Trainable):
             "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
             "scaler": state.scaler.state_dict(),
             "progress": (state.epoch, state.batches_done, state.step),
+            "attributes": self._attributes.dump(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
@@ -136,6 +145,7 @@ class TorchTrainable(Trainable):
             mine.scheduler.load_state_dict(state["scheduler"])
         mine.scaler.load_state_dict(state["scaler"])
         mine.epoch, mine.batches_done, mine.step = state["progress"]
+        self._attributes.load(state["attributes"])
 
     def run_unit(self, work: UnitWork) -> dict[str, float]:  # noqa: D102
         state = self.state
@@ -143,6 +153,8 @@ class TorchTrainable(Trainable):
             state.epoch, state.batches_done = work.epoch, 0
         state.model.train()
         metrics = dict(self.train_unit(state, work.train) or {})
+        if work.epoch == work.position == 0:
+            self._warn_of_unread()
         if work.validation is not None:
             with work.validating(), torch.no_grad():
                 state.model.eval()
@@ -164,13 +176,38 @@ class TorchTrainable(Trainable):
 
     # Steps.
 
+    def _checked(self, built: Any) -> tuple[Any, ...]:
+        """What `build` returned, if it is what it should be."""
+        parts = built if isinstance(built, tuple | list) else (built,)
+        if (
+            len(parts) not in (2, 3)
+            or not isinstance(parts[0], nn.Module)
+            or not isinstance(parts[1], torch.optim.Optimizer)
+        ):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise ConfigurationError(
+                f"{type(self).__name__}.build returned ({kinds}); it must return (model, optimizer) or "
+                "(model, optimizer, scheduler)."
+            )
+        return tuple(parts)
+
+    def _warn_of_unread(self) -> None:
+        unread = sorted(self._config.keys() - self._config.read - {"batch_size", "epochs"})
+        if unread:
+            warnings.warn(
+                f"{type(self).__name__} has not read {', '.join(unread)} of its config: is a name misspelled?",
+                stacklevel=2,
+            )
+
     def _train_batch(self, state: TrainingState, batch: Any) -> dict[str, Tensor | float]:
         with torch.autocast(self._device.type, self._autocast) if self._autocast else nullcontext():
             output = self.training_step(state.model, to_device(batch, self._device))
         metrics = dict(output) if isinstance(output, Mapping) else {"loss": output}
-        if "loss" not in metrics:
+        if not isinstance(metrics.get("loss"), Tensor):
+            returned = sorted(metrics) if isinstance(output, Mapping) else type(output).__name__
             raise ConfigurationError(
-                f'{type(self).__name__}.training_step returned {sorted(metrics)}: the key "loss" is missing.'
+                f"{type(self).__name__}.training_step returned {returned}; it must return the loss, a tensor, or "
+                'a dict that has it under "loss".'
             )
         state.scaler.scale(metrics["loss"] / self.accumulate if self.accumulate > 1 else metrics["loss"]).backward()
         state.batches_done += 1
@@ -204,6 +241,11 @@ class TorchTrainable(Trainable):
         for batch in batches:
             with torch.autocast(self._device.type, self._autocast) if self._autocast else nullcontext():
                 output = self.validation_step(self.state.model, to_device(batch, self._device))
+            if not isinstance(output, Mapping):
+                raise ConfigurationError(
+                    f"{type(self).__name__}.validation_step returned a {type(output).__name__}; "
+                    'it must return a dict of metrics, such as {"val_loss": loss}.'
+                )
             yield {"batch_size": rows_of(batch)} | dict(output)
 
 

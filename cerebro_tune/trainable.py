@@ -151,9 +151,17 @@ def as_recipe(trainable: Any) -> Recipe:
         recipe: Recipe | None = entry.load()(trainable)
         if recipe is not None:
             return recipe
+    hint = ""
+    if isinstance(trainable, TorchTrainable):
+        hint = f" Give the class, {type(trainable).__name__}, without calling it."
+    elif callable(trainable):
+        hint = (
+            " A function that makes a LightningModule from a config is wrapped: "
+            "from cerebro_tune_lightning import LightningTrainable; LightningTrainable(function)."
+        )
     raise NotTrainableError(
         f"{trainable!r} cannot be trained. Valid are a TorchTrainable subclass, a LightningModule class and a "
-        'LightningTrainable (the last two need: pip install "cerebro-tune[lightning]").'
+        f'LightningTrainable (the last two need: pip install "cerebro-tune[lightning]").{hint}'
     )
 
 

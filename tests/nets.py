@@ -109,3 +109,51 @@ class Mortal(Deep):
     def run_unit(self, work: Any) -> dict[str, float]:
         self.place = (work.epoch, work.shard)
         return super().run_unit(work)
+
+
+class Counting(Deep):
+    """Keeps what no state_dict lists: a counter in the trainable, and attributes of the model's own module."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Linear(8, 2)
+            self.calls, self.sizes, self.mean = 0, [], torch.zeros(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.calls += 1
+                self.sizes.append(len(x))
+                self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            return self.layers(x - self.mean)
+
+    def build(self, config: Any, plan: Plan) -> Any:
+        self.steps = 0
+        model = self.Model()
+        return model, torch.optim.SGD(model.parameters(), lr=config["lr"])
+
+    def training_step(self, model: nn.Module, batch: Any) -> Any:
+        if model.training:
+            self.steps += 1
+            self.latest = torch.ones(3) * self.steps  # set for the first time in mid-training
+        return super().training_step(model, batch) * min(1.0, self.steps / 50)
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        metrics = super().run_unit(work)
+        model: Any = self.state.model
+        assert len(model.sizes) == model.calls == self.steps == self.latest[0]
+        return metrics | {"steps": self.steps, "rows": sum(model.sizes), "mean": float(model.mean.sum())}
+
+
+class AtEpochsEnd(Linear):
+    """Has a metric only where an epoch ends."""
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        return super().run_unit(work) | ({"at_the_end": work.epoch} if work.last else {})
+
+
+class Exiting(Linear):
+    """Calls sys.exit in a unit."""
+
+    def training_step(self, model: nn.Module, batch: Any) -> Any:
+        sys.exit(3)

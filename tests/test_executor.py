@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
@@ -21,9 +24,24 @@ from cerebro_tune.errors import (
     StateMemoryError,
     UnknownMetricError,
 )
+from cerebro_tune.policy import AutoPolicy, Board, Choice, Ready, Regime
 from cerebro_tune.run import Run
 from cerebro_tune.settings import Report
-from nets import Deep, Diverging, Linear, Mortal, Raising, Remembering, Talking
+from nets import AtEpochsEnd, Counting, Deep, Diverging, Exiting, Linear, Mortal, Raising, Remembering, Talking
+
+
+class InOrder(AutoPolicy):
+    """One trial, sent through these visits."""
+
+    def __init__(self, visits: Any) -> None:
+        super().__init__(logical=True)
+        self.shards = [shard for _, shard, _ in visits]
+
+    def choose(self, regime: Regime, board: Board, worker: int, held: int, ready: Ready) -> Choice | None:
+        (entry,) = ready
+        trial = entry[-1]
+        return Choice((trial,), self.shards[len(self.shards) - trial.units_left])
+
 
 CONFIGS = [{"lr": 0.001}, {"lr": 0.03}, {"lr": 0.3}]
 
@@ -98,6 +116,22 @@ def test_a_loss_that_is_nan_fails_the_trial_by_unit(options: dict[str, Any]) -> 
     assert "The training loss of trial-0000 is nan in epoch 0, shard" in str(result.error)
 
 
+def test_plain_attributes_hop(options: dict[str, Any]) -> None:
+    """What a model counts in `self.n += 1` is the same however many workers there are."""
+    fixed = options | {"policy": "fixed", "report_every": "epoch"}
+    with Cerebro(**fixed | {"placement": "pinned"}) as two:
+        hopped = two.fit(Counting, CONFIGS[:2], metric="val_loss")
+    for result in hopped:
+        assert [report["rows"] for report in result.history] == [202, 404], result.error
+        assert [report["steps"] for report in result.history] == [16, 32]
+        with Cerebro(**fixed | {"workers": 1, "policy": InOrder(result.visits), "live_trials": 1}) as one:
+            (alone,) = one.fit(Counting, [result.config], metric="val_loss")
+        means = [[report["mean"] for report in r.history] for r in (alone, result)]
+        if result.trial_id == "trial-0000":  # the other's index seeds it otherwise
+            assert weights(alone) == weights(result)
+        assert means[0] == means[1]
+
+
 def test_dead_workers_cost_their_unit_and_change_no_bit(options: dict[str, Any], tmp_path: Path) -> None:
     fixed = options | {"policy": "fixed", "backend": "local", "placement": "pinned"}
     marks = tmp_path / "marks"
@@ -132,9 +166,63 @@ def test_output_of_workers_comes_with_the_trial(options: dict[str, Any], capfd: 
     assert "UserWarning: a warning of user code" in err
 
 
+def test_a_metric_of_an_epochs_end_is_waited_for(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with Cerebro(**options) as cerebro:
+        results = cerebro.fit(AtEpochsEnd, CONFIGS, metric="at_the_end", mode="max")
+    assert [result.metrics["epoch"] for result in results] == [2, 2, 2]
+    assert (
+        capsys.readouterr().err.count("The first report has no metric 'at_the_end', but train_loss, val_accuracy") == 1
+    )
+
+
+def test_an_edited_module_is_trained_as_edited(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a notebook user works: change the model's file, reload it, fit again on the same executor."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    file = tmp_path / "edited_model.py"
+    text = """
+import nets
+
+class M(nets.Linear):
+    def run_unit(self, work):
+        return super().run_unit(work) | {"version": VERSION}
+"""
+    with Cerebro(**options | {"backend": "local"}) as cerebro:
+        versions = []
+        for version in (1, 22):
+            file.write_text(text.replace("VERSION", str(version)))
+            importlib.invalidate_caches()
+            module = importlib.reload(importlib.import_module("edited_model"))
+            versions.append(cerebro.fit(module.M, CONFIGS[:1])[0].metrics["version"])
+    assert versions == [1, 22]
+
+
+def test_an_executor_that_nobody_has_ends_its_workers(options: dict[str, Any]) -> None:
+    """As in a notebook cell that is run again: no `with`, no `close`."""
+    cerebro = Cerebro(**options | {"backend": "local"})
+    assert cerebro.fit(Linear, CONFIGS[:1])[0].status == "finished"
+    children = psutil.Process().children(recursive=True)
+    assert len(children) == 3  # two workers and their server
+    del cerebro
+    assert psutil.wait_procs(children, timeout=3)[1] == []
+
+
+def test_misspelled_keys_and_exits_are_told(options: dict[str, Any]) -> None:
+    with Cerebro(**options) as cerebro:
+        with pytest.warns(UserWarning, match="Linear has not read momentumm of its config"):
+            cerebro.fit(Linear, [{"lr": 0.1, "momentumm": 3}])
+        (result,) = cerebro.fit(Exiting, [{"lr": 0.1}])
+    assert result.status == "failed"
+    assert "SystemExit: 3" in str(result.error)
+
+
 def test_config_keys_of_ours_win_over_the_defaults(options: dict[str, Any]) -> None:
     with Cerebro(**options) as cerebro:
-        one, three = cerebro.fit(Linear, [{"lr": 0.1, "epochs": 1, "batch_size": 51}, {"lr": 0.1, "epochs": 3}])
+        one, three = cerebro.fit(
+            Linear, [{"lr": 0.1, "epochs": np.int64(1), "batch_size": np.int32(51)}, {"lr": 0.1, "epochs": 3}]
+        )
     assert len(one.visits) == 4
     assert len(three.visits) == 12
 
@@ -326,6 +414,9 @@ def test_a_changed_key_that_nothing_reads_fails_the_clone_by_name(options: dict[
         ({"validation_rows": "most"}, "validation_rows is 'most'"),
         ({"state_memory": "plenty"}, "plenty"),
         ({"train": 7}, "train is a int; valid: a ShardedDataset"),
+        ({"devices": "gpu"}, 'devices has \'gpu\'; valid: "auto", "cpu"'),
+        ({"seed": -1}, "seed is -1"),
+        ({"loader": {"columns": "xy"}}, "columns is 'xy'; it must be a list of names"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], changed: dict[str, Any], message: str) -> None:
@@ -345,10 +436,19 @@ def test_bad_configs_and_trainables(options: dict[str, Any]) -> None:
     with Cerebro(**options) as cerebro:
         with pytest.raises(ConfigurationError, match="configs is empty"):
             cerebro.fit(Linear, [])
-        with pytest.raises(ConfigurationError, match="epochs is 0 in a config"):
+        with pytest.raises(ConfigurationError, match="epochs in a config is 0"):
             cerebro.fit(Linear, [{"lr": 1, "epochs": 0}])
         with pytest.raises(NotTrainableError, match="Valid are a TorchTrainable subclass"):
             cerebro.fit(print, CONFIGS)
+        with pytest.raises(NotTrainableError, match="Give the class, Linear"):
+            cerebro.fit(Linear(), CONFIGS)
+        with pytest.raises(NotTrainableError, match="import LightningTrainable"):
+            cerebro.fit(lambda config: None, CONFIGS)
+        for configs in ({"lr": 0.1}, ["lr"]):
+            with pytest.raises(ConfigurationError, match="it must be a list of dicts"):
+                cerebro.fit(Linear, configs)  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="the name of one metric"):
+            cerebro.fit(Linear, CONFIGS, metric=["val_loss"])  # type: ignore[arg-type]
         with pytest.raises(ConfigurationError, match="mode is 'least'"):
             cerebro.fit(Linear, CONFIGS, mode="least")
         with pytest.raises(NotPicklableError, match=r"The config .* cannot be sent to the workers"):

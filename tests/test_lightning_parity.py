@@ -14,7 +14,7 @@ from cerebro_tune import Cerebro, ShardedDataset, VisitLoader
 from cerebro_tune.data import BatchForm
 from cerebro_tune.seeding import seed_build
 from cerebro_tune_lightning import LightningTrainable, ReseedCallback
-from lightning_nets import Busy, Momentum, MultiStep, OneCycle, Plateau
+from lightning_nets import Busy, Counting, Momentum, MultiStep, OneCycle, Plateau
 
 EPOCHS, BATCH, SEED = 3, 16, 5
 
@@ -30,6 +30,7 @@ CASES: dict[str, tuple[type[pl.LightningModule], dict[str, Any]]] = {
     "accumulating": (OneCycle, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}),
     "mixed": (OneCycle, {"precision": "bf16-mixed"}),
     "half": (Momentum, {"precision": "bf16-true"}),
+    "counting": (Counting, {}),
     "busy": (Busy, {"accumulate_grad_batches": 2}),
 }
 

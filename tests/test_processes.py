@@ -126,6 +126,7 @@ def test_ctrl_c_ends_with_the_results_so_far(tmp_path: Path, places: dict[str, s
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
     assert "statuses ['stopped', 'stopped', 'stopped'] [True, True, True]" in out
+    assert "Interrupted; the results so far. compute" in out
     assert "Traceback" not in err
     assert not any(child.is_running() for child in children)
 

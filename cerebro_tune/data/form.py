@@ -47,8 +47,10 @@ class BatchForm:
         for name in names:
             if tensor_type(kind := schema.field(name).type) is None:
                 raise DataError(
-                    f"column {name!r} has type {kind}, whose rows have no common shape and cannot be stacked: pass "
-                    "a collate_fn, which gets a list of samples as in torch's DataLoader, or choose other columns"
+                    f"column {name!r} has type {kind}, whose rows may differ in shape and cannot be stacked. If they "
+                    "are lists of one length, write the column as a fixed-size list: cast it to "
+                    "pa.list_(pa.float32(), length). Otherwise pass a collate_fn, which gets a list of samples as in "
+                    "torch's DataLoader, or choose other columns"
                 )
 
     def assemble(self, names: tuple[str, ...], values: Sequence[Any]) -> Batch:

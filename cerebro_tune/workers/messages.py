@@ -134,11 +134,13 @@ class Spans:
     trained: float
     ended: float
     validation_s: float = 0.0
+    build_s: float = 0.0
+    """Making the trainable, the first time that the trial is on this worker."""
 
     @property
     def hop_s(self) -> float:
-        """Seconds spent on the state: copy and load before the unit, write and digest after it."""
-        return (self.loaded - self.began) + (self.ended - self.trained)
+        """Seconds spent on the state: copy and load before the unit; write, digest and checkpoint after it."""
+        return (self.loaded - self.began) - self.build_s + (self.ended - self.trained)
 
     @property
     def compute_s(self) -> float:

@@ -79,7 +79,7 @@ class UnitRunner:
             metrics=metrics,
             used=used,
             digest=digest,
-            spans=Spans(began, loaded, trained, monotonic(), timer.elapsed_s),
+            spans=Spans(began, loaded, trained, monotonic(), timer.elapsed_s, self._build_s),
             best_written=best_written,
         )
 
@@ -103,11 +103,13 @@ class UnitRunner:
         if task.committed is None and (stale := self._seats.pop(trial, None)):
             stale.close()  # its first unit was begun here before, and its state is not that of a fresh build any more
         trainable = self._seats.get(trial)
+        began = monotonic()
         if trainable is None:
             seed_build(self._spec.seed, task.trial_index)
             trainable = self._recipe.create()
             trainable.start(cloudpickle.loads(task.config), self._plan(task))
             self._seats[trial] = trainable
+        self._build_s = monotonic() - began
         working = task.working
         if task.committed is not None:
             working = working or self._grow(trial, task.committed_bytes)
@@ -186,7 +188,7 @@ def run_task(runner: UnitRunner, task: Task) -> Message:
     """Run a unit and turn what the user's code raises into a message."""
     try:
         return runner.run(task)
-    except Exception:  # noqa: BLE001  # the traceback becomes the trial's error
+    except (Exception, SystemExit):  # noqa: BLE001  # the traceback becomes the trial's error
         return Raised(runner.worker, task.job, task.unit, traceback.format_exc())
 
 

@@ -37,7 +37,7 @@ def command(module: str, descriptor: int) -> list[str]:
 def main() -> None:
     """Serve until the control socket ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch  # noqa: F401  # imported here once, for every worker to be forked
+    import torch._dynamo  # noqa: F401  # imported here once, for every worker: the first optimizer made needs it too
 
     from cerebro_tune.workers import child  # noqa: F401
 

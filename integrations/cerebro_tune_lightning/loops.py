@@ -157,9 +157,10 @@ class KeptTrainer:
 
     def _check(self) -> None:
         name = type(self.module).__name__
-        optimizers = self.trainer.optimizers
-        if len(optimizers) != 1 or isinstance(optimizers[0], self._get("core.optimizer")._MockOptimizer):
-            raise NotTrainableError(f"{name}.configure_optimizers gave {len(optimizers) or 'no'} optimizer. {_VALID}")
+        mock = self._get("core.optimizer")._MockOptimizer  # stands in for none
+        count = sum(not isinstance(optimizer, mock) for optimizer in self.trainer.optimizers)
+        if count != 1:
+            raise NotTrainableError(f"{name}.configure_optimizers gave {count or 'no'} optimizers. {_VALID}")
         callbacks = self._get("callbacks")
         for callback in self.trainer.callbacks:
             if isinstance(callback, callbacks.EarlyStopping | callbacks.Checkpoint):

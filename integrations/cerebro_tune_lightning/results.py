@@ -105,6 +105,11 @@ def restore_metrics(module: nn.Module, dumped: dict[str, dict[str, Any]]) -> Non
             metric._update_count = entry["updates"]
 
 
+def is_metric(part: nn.Module) -> bool:
+    """Whether a part of a module is of torchmetrics, which keeps its state in attributes."""
+    return isinstance(part, Metric | MetricCollection)
+
+
 def _metrics(module: nn.Module) -> Iterator[tuple[str, Metric]]:
     return ((name, part) for name, part in module.named_modules() if isinstance(part, Metric))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
+from cerebro_tune.attributes import Attributes, modules_of
 from cerebro_tune.data.order import batch_sizes
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.torch_trainable import adopt
@@ -25,6 +27,8 @@ class LightningTrial(Trainable):
         self.module = self._recipe.build(config)
         host = namespace(type(self.module)) or ""
         self._kept = KeptTrainer(self.module, host, plan, self._recipe.trainer_kwargs)
+        private = vars(import_module(host).LightningModule())
+        self._attributes = Attributes(lambda: modules_of(self.module, skip=results.is_metric), private)
 
     @property
     def trainer(self) -> Any:
@@ -45,6 +49,7 @@ class LightningTrial(Trainable):
             "flags": carry.flags(self.module),
             "results": self._kept.dump_results(),
             "metrics": results.dump_metrics(self.module),
+            "attributes": self._attributes.dump(),
             "tensors": carry.unlisted(self.module),
             "gradients": carry.gradients(self.module) if self._kept.accumulating else {},
         }
@@ -59,6 +64,7 @@ class LightningTrial(Trainable):
         carry.load_flags(self.module, extras["flags"])
         carry.load_gradients(self.module, extras["gradients"])
         results.restore_metrics(self.module, extras["metrics"])
+        self._attributes.load(extras["attributes"])
         self._kept.restore(tree)
         self._kept.restore_results(extras["results"])
 
