@@ -7,9 +7,8 @@ private to torch and to the host never is.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,10 @@ class Attributes:
 
     def __init__(self, owners: Owners, excluded: Collection[str] = ()) -> None:
         self._owners, self._excluded = owners, _OF_TORCH | set(excluded)
-        self._fresh = {name: _copies(self._plain(owner)) for name, owner in owners()}
+        plain = {name: self._plain(owner) for name, owner in owners()}
+        copier = _Filler({})
+        self._fresh = {name: {key: copier.copy(value) for key, value in of.items()} for name, of in plain.items()}
+        self._mine = {id(tensor): (tensor, _place(tensor)) for of in plain.values() for tensor in _tensors(of)}
 
     def dump(self) -> dict[str, dict[str, Any]]:
         """What differs from a fresh build, by owner and attribute."""
@@ -44,7 +46,11 @@ class Attributes:
         return changed
 
     def load(self, dumped: Mapping[str, Mapping[str, Any]]) -> None:
-        """Make the attributes those of a fresh build, but for what was dumped."""
+        """Make the attributes those of a fresh build, but for what was dumped.
+
+        Containers and tensors are refilled, not replaced: a hook's closure may hold the same object.
+        """
+        filler = _Filler(self._mine)
         for name, owner in self._owners():
             wanted = {**self._fresh.get(name, {}), **dumped.get(name, {})}
             for key, value in self._plain(owner).items():
@@ -52,8 +58,10 @@ class Attributes:
                     delattr(owner, key)
                 elif _same(value, wanted[key]):
                     del wanted[key]
-            for key, value in _copies(wanted).items():
-                setattr(owner, key, value)
+            for key, value in wanted.items():
+                setattr(owner, key, filler.fill(vars(owner).get(key), value))
+        present = {id(tensor) for _, owner in self._owners() for tensor in _tensors(self._plain(owner))}
+        self._mine = {number: known for number, known in filler.known.items() if number in present}
 
     def _plain(self, owner: Any) -> dict[str, Any]:
         values = vars(owner).items()
@@ -74,8 +82,11 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     kind = type(value)
     if isinstance(value, _SCALARS) and kind.__module__ in ("builtins", "numpy"):
         return True
-    if kind is torch.Tensor or kind is np.ndarray:
-        return kind is torch.Tensor or value.dtype != object
+    if kind is torch.Tensor:
+        # What an optimizer may train is no plain value, and would be lost to it if it were replaced.
+        return value.layout is torch.strided and not value.is_meta and not (value.requires_grad and value.is_leaf)
+    if kind is np.ndarray:
+        return bool(value.dtype != object)
     if depth == _DEEPEST:
         return False
     if kind in _CONTAINERS:
@@ -83,13 +94,82 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     return kind in _MAPPINGS and all(_is_plain(k, depth + 1) and _is_plain(v, depth + 1) for k, v in value.items())
 
 
-def _copies(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: copy.deepcopy(_detached(value)) for key, value in values.items()}
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif type(value) in _MAPPINGS or type(value) in _CONTAINERS:
+        for item in value.values() if type(value) in _MAPPINGS else value:
+            yield from _tensors(item)
 
 
-def _detached(value: Any) -> Any:
-    """A tensor out of its graph, which could not be copied."""
-    return value.detach() if isinstance(value, torch.Tensor) else value
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+Known = dict[int, tuple[torch.Tensor, tuple[Any, ...]]]
+"""Tensors by id, each with where it was."""
+
+
+class _Filler:
+    """Copies values, what is shared among them once, into the objects that are there where these can take it.
+
+    A tensor is written to only if it is one of `known` and still where it was: any other may view a trial's buffer, and
+    that may belong to another trial by now.
+    """
+
+    def __init__(self, known: Known) -> None:
+        self.known = dict(known)
+        self._done: dict[Any, tuple[Any, Any]] = {}  # by the value: the value, kept alive, and what stands for it
+
+    def copy(self, value: Any) -> Any:
+        return self.fill(None, value)
+
+    def fill(self, existing: Any, value: Any) -> Any:
+        """The value, in `existing` if possible."""
+        kind = type(value)
+        if isinstance(value, _SCALARS):
+            return value
+        # Two tensors read from a buffer are one if they lie in one place there.
+        key = _place(value) if kind is torch.Tensor and value.numel() else id(value)
+        if key not in self._done:
+            self._done[key] = value, self._filled(existing if type(existing) is kind else None, value)
+        return self._done[key][1]
+
+    def _filled(self, existing: Any, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._filled_tensor(existing, value)
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        if type(value) in _MAPPINGS:
+            old = {} if existing is None else dict(existing)
+            return _refilled(existing, {key: self.fill(old.get(key), item) for key, item in value.items()}, value)
+        old_items = list(existing) if isinstance(existing, list | deque) else []
+        old_items += [None] * len(value)
+        return _refilled(existing, [self.fill(old, item) for old, item in zip(old_items, value, strict=False)], value)
+
+    def _filled_tensor(self, existing: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+        value = value.detach()
+        known = None if existing is None else self.known.get(id(existing))
+        if existing is not None and known and known[1] == _place(existing) and not existing.requires_grad:
+            fits = existing.shape == value.shape and existing.dtype == value.dtype
+            if fits:
+                return existing.copy_(value)
+        result = value.clone() if existing is None else value.to(existing.device, copy=True)
+        self.known[id(result)] = result, _place(result)
+        return result
+
+
+def _refilled(existing: Any, items: Any, model: Any) -> Any:
+    """A container of these items, of the type and length limit of `model`: the existing one, if it can be changed."""
+    limit = getattr(model, "maxlen", None)
+    if existing is None or isinstance(model, tuple | frozenset) or getattr(existing, "maxlen", None) != limit:
+        return deque(items, limit) if isinstance(model, deque) else type(model)(items)
+    existing.clear()
+    if isinstance(model, list | deque):
+        existing.extend(items)
+    else:
+        existing.update(items)
+    return existing
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -97,7 +177,7 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other.to(one.device))
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, _MAPPINGS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from cerebro_tune.instructions import ReportUnit
 from cerebro_tune.results import TrialResult
 from cerebro_tune.settings import RunSettings, whole_number
 from cerebro_tune.trainable import Recipe
-from cerebro_tune.units import Status, Trial, Unit
+from cerebro_tune.units import Decision, Status, Trial, Unit
 from cerebro_tune.workers.base import ship
 from cerebro_tune.workers.messages import Export, Finished
 from cerebro_tune.workers.runner import improves
@@ -40,6 +41,8 @@ class TrialPage:
     checkpoint: Path | None = None
     last_checkpoint: Path | None = None
     error: str | None = None
+    wish: Decision | None = None
+    """What was asked out of turn while a report waits for its answer."""
 
     @property
     def units(self) -> int:
@@ -114,16 +117,27 @@ class TrialBook:
 
     def competes(self, epoch_done: bool) -> bool:
         """Whether a report made here may be a trial's best."""
-        return epoch_done or self._settings.spec.validation is None
+        spec = self._settings.spec
+        return epoch_done or (spec.validation is None and spec.report_every == "unit")
 
     def path(self, page: TrialPage, name: str) -> Path:
         """Where a checkpoint of the trial lies: name is `best` or `last`."""
         return self._settings.run_dir / page.trial.id / f"{name}{self._suffix}"
 
+    def _staged(self, page: TrialPage, units: int) -> Path:
+        """Where a worker writes what may become the best: it is not until the unit is committed and reported."""
+        return self.path(page, f"best.{units}")
+
+    def clear_staged(self) -> None:
+        """Remove what was written by units that were not committed."""
+        for page in self:
+            for path in self.path(page, "best").parent.glob(f"best.[0-9]*{self._suffix}*"):
+                path.unlink()
+
     def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:
         """What the worker is to write after this unit, if anything."""
         page = self._pages[unit.trial]
-        best = self.path(page, "best") if self.keep == "best" and self.competes(epoch_done) else None
+        best = self._staged(page, page.units + 1) if self.keep == "best" and self.competes(epoch_done) else None
         final = self.path(page, "last") if self.keep != "none" and last else None
         if best is None and final is None:
             return None
@@ -159,6 +173,7 @@ class TrialBook:
                 page.best = report
         if page.latest.best_written:
             page.checkpoint = self.path(page, "best")
+            os.replace(self._staged(page, page.units), page.checkpoint)
         if due.last and self.keep != "none":
             page.last_checkpoint = self.path(page, "best" if page.latest.best_written else "last")
 

@@ -70,7 +70,6 @@ class CommandQueue:
             if self._over:
                 return False
             self._over = True
-        for _, future in self._waiting:
-            future.set_exception(ConfigurationError(_OVER))
-        self._waiting.clear()
+        while self._waiting:
+            self._waiting.popleft()[1].set_exception(ConfigurationError(_OVER))
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from cerebro_tune.errors import WorkerError
 from cerebro_tune.settings import RunSettings
@@ -46,6 +46,7 @@ class Crew:
     def replace(self, lost: Lost, *, check: bool) -> None:
         """Bring up another worker in the place of a lost one; WorkerError when that was futile too often."""
         worker = lost.worker
+        self.unready.add(worker)
         self._futile_starts[worker] += 1
         if self._futile_starts[worker] > _FUTILE_STARTS:
             raise WorkerError(f"{worker} does not come up: {lost.reason}, {_FUTILE_STARTS} times in a row.")
@@ -74,10 +75,10 @@ class Crew:
             ended.extend(trials)
             freed.extend(buffers)
 
-    def dismiss(self) -> None:
-        """The run is over: who is still busy with it is replaced, the others rest."""
+    def dismiss(self, lost: Set[WorkerId]) -> None:
+        """The run is over: who is still busy with it is replaced, and who was lost unnoticed; the others rest."""
         for worker in self.ids:
-            if worker in self.running or worker in self.unready:
+            if worker in self.unready | lost or worker in self.running:
                 self._workers.restart(worker)
             else:
                 self._workers.send(worker, Rest())

@@ -2,6 +2,9 @@
 
 Whoever calls `drive` runs the loop; there is no thread of the executor's own. Everything else may be called from any
 thread: a command is carried out by the loop between two events, and its caller gets its answer, or its error.
+
+The file is long for one reason: `Run` is where state machine, store, workers, book and tuner meet, and each of its
+short methods needs several of them.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from cerebro_tune.events import (
 from cerebro_tune.exporter import Exporter
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
+from cerebro_tune.policy import make_policy
 from cerebro_tune.progress import Progress, Snapshot, take_snapshot
 from cerebro_tune.results import Results
 from cerebro_tune.settings import RunSettings, Tuner
@@ -72,10 +76,12 @@ class Run:
             max_failures=settings.max_failures,
             seed=spec.seed,
         )
+        self._logical = make_policy(settings.policy, spec.seed).logical
         self._book = TrialBook(settings, recipe.suffix)
         self._timeline = Timeline(workers.ids, settings.trace)
         self._commands = CommandQueue(workers.wake)
         self._exporter = Exporter(recipe, self._book)
+        self._inbox: deque[Message] = deque()
         self._orders: deque[Instruction] = deque()
         self._results: dict[str, Finished] = {}
         """Of units that ended and are not committed."""
@@ -93,20 +99,20 @@ class Run:
         return self._commands.ask(lambda: self._add(config, trial_id))
 
     def decide(self, trial_id: str, decision: Decision) -> None:
-        """Answer a report; or, out of turn, pause, resume (CONTINUE) or stop a trial."""
+        """Answer a report of the trial. What was asked out of turn meanwhile is joined with it: the firmer wins."""
         self._commands.ask(lambda: self._decide(trial_id, decision))
 
     def pause(self, trial_id: str) -> None:
         """Let the trial stand after the unit it runs."""
-        self.decide(trial_id, Decision.PAUSE)
+        self._commands.ask(lambda: self._wish(trial_id, Decision.PAUSE))
 
     def resume(self, trial_id: str) -> None:
         """Let a paused trial go on as soon as there is room among the live ones."""
-        self.decide(trial_id, Decision.CONTINUE)
+        self._commands.ask(lambda: self._wish(trial_id, Decision.CONTINUE))
 
     def stop(self, trial_id: str) -> None:
         """End the trial after the unit it runs."""
-        self.decide(trial_id, Decision.STOP)
+        self._commands.ask(lambda: self._wish(trial_id, Decision.STOP))
 
     def end_search(self) -> None:
         """No more trials will come: `drive` returns when those that were added have ended or stand paused."""
@@ -134,8 +140,9 @@ class Run:
                 for start in self._hopper.dispatch():
                     self._start(start)
                 self._progress.update()
-                for message in self._crew.wait():
-                    self._hear(message)
+                self._inbox.extend(self._crew.wait())
+                while self._inbox:
+                    self._hear(self._inbox.popleft())
                     self._raise_if(self._fatal)
                     self._obey()
                 self._carry_out_commands()
@@ -174,14 +181,15 @@ class Run:
         for worker in self._crew.ids:
             self._crew.set_up(worker, check=True)
         while self._crew.unready and not self._interrupted:
-            for message in self._crew.wait():
-                match message:
-                    case Ready():
-                        self._crew.became_ready(message)
-                    case Lost():
-                        self._crew.replace(message, check=True)
-                    case Output():
-                        self._print(message)
+            self._inbox.extend(self._crew.wait())
+            while self._inbox:
+                match self._inbox.popleft():
+                    case Ready() as ready:
+                        self._crew.became_ready(ready)
+                    case Lost() as lost:
+                        self._crew.replace(lost, check=True)
+                    case Output() as output:
+                        self._print(output)
         for worker in self._crew.ids:
             self._apply(WorkerJoined(worker, self._crew.holdings(worker)))
 
@@ -227,7 +235,8 @@ class Run:
                 f"{message.worker} was lost while it ran epoch {unit.epoch}, shard {unit.shard}: {message.reason}. "
                 f"That happened to this trial more than max_failures={self.settings.max_failures} times."
             )
-        self._apply(WorkerLost(message.worker))
+        if message.worker not in self._crew.unready:  # it had joined
+            self._apply(WorkerLost(message.worker))
         what = ""
         if unit is not None and self._hopper.status(unit.trial) is not Status.FAILED:
             self._book[unit.trial].error = None
@@ -323,6 +332,11 @@ class Run:
         """Export the state of a trial that was stopped, then let go of it."""
         page = self._book[trial]
         if status is Status.STOPPED and self._exporter.due(page):
+            self._store.warm(trial)  # one that was paused must not go to disk while it is read
+            if self._logical:  # when the tuner hears of the end is part of what repeats
+                self._exporter.write(page, self._store.mapped(trial))
+                self._release(trial)
+                return
             self._exporter.begin(
                 page,
                 self._store.mapped(trial),
@@ -369,8 +383,18 @@ class Run:
             known = ", ".join(page.trial.id for page in self._book) or "none"
             raise ConfigurationError(f"There is no trial {trial_id!r}; there are: {known}.") from None
 
+    def _wish(self, trial_id: str, decision: Decision) -> None:
+        """Pause, resume or stop out of turn; a trial whose report is not answered yet waits for the answer."""
+        page = self._page(trial_id)
+        if self._hopper.status(trial_id) is not Status.DECIDING:
+            self._decide(trial_id, decision)
+        elif page.wish is not Decision.STOP:
+            page.wish = decision
+
     def _decide(self, trial_id: str, decision: Decision) -> None:
-        self._page(trial_id)
+        page = self._page(trial_id)
+        if page.wish is not None:
+            decision, page.wish = decision.joined(page.wish), None
         self._apply(TrialDecided(trial_id, decision))
         self._cool_if_paused(trial_id)
 
@@ -392,7 +416,8 @@ class Run:
         if not self._commands.close():
             return
         self._exporter.close()
-        self._crew.dismiss()
+        self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})
+        self._book.clear_staged()
         self._store.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")

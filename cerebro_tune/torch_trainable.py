@@ -13,10 +13,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cerebro_tune.adopt import adopt_optimizer
+from cerebro_tune.adopt import adopt as adopt  # noqa: PLC0414  # offered here too
+from cerebro_tune.adopt import adopt_optimizer, load_model, refuse_outsiders, unlisted
 from cerebro_tune.attributes import Attributes, modules_of
-from cerebro_tune.errors import ConfigurationError, NotTrainableError, StateError
-from cerebro_tune.trainable import Batches, Config, Plan, Recipe, Trainable, UnitWork, change_optimizers
+from cerebro_tune.errors import ConfigurationError, NotTrainableError
+from cerebro_tune.trainable import (
+    Batches,
+    Config,
+    Plan,
+    Recipe,
+    Trainable,
+    UnitWork,
+    change_optimizers,
+    names_of_groups,
+    note_groups,
+)
 
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32": (torch.float32, None),
@@ -42,6 +53,8 @@ class TrainingState:
     """Batches trained in this epoch; with accumulation this decides when the optimizer steps."""
     step: int = 0
     """Optimizer steps made since the trial began."""
+    epoch_ends_at: int | None = None
+    """What `batches_done` will be at the epoch's end, in its last unit: there an open accumulation is closed."""
 
 
 class TorchTrainable(Trainable):
@@ -53,7 +66,8 @@ class TorchTrainable(Trainable):
 
     What hops: the model's parameters and buffers, optimizer, scheduler, scaler, pending gradients, and plain attributes
     (numbers, text, tensors, containers of these) of the trainable and of the model's own modules. Random numbers do
-    not: each unit seeds them. Keep anything else out of attributes, or override `state_dict` and `load_state_dict`.
+    not: each unit seeds them. Modules and parameters that the model does not contain are refused at the start. Keep
+    anything else out of attributes, or override `state_dict` and `load_state_dict`.
     """
 
     precision: ClassVar[str] = "32"
@@ -100,7 +114,7 @@ class TorchTrainable(Trainable):
     def on_config_change(self, old: Config, new: Config) -> set[str]:
         """Make `new` effective where a state was trained under `old`; return the keys that took effect."""
         schedulers = [self.state.scheduler] if self.state.scheduler is not None else []
-        return change_optimizers([self.state.optimizer], schedulers, old, new)
+        return change_optimizers([self.state.optimizer], schedulers, old, new, self._fresh)
 
     # What the worker calls.
 
@@ -115,14 +129,16 @@ class TorchTrainable(Trainable):
         model.to(self._device)
         scaler = torch.amp.GradScaler(self._device.type, enabled=autocast is torch.float16)
         self.state = TrainingState(model, optimizer, rest[0] if rest else None, scaler, plan)
+        self._fresh = note_groups([optimizer], rest)
         # Last, so that what was set here is part of a fresh build.
-        self._attributes = Attributes(lambda: [("", self), *modules_of(model)], ("state", "_config", "_attributes"))
+        own = ("state", "_config", "_fresh", "_attributes")
+        self._attributes = Attributes(lambda: [("", self), *modules_of(model)], own)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         state = self.state
         return {
             "model": state.model.state_dict(),
-            "buffers": dict(_unlisted_buffers(state.model)),
+            "buffers": unlisted(state.model),
             "gradients": {name: p.grad for name, p in state.model.named_parameters() if p.grad is not None}
             if state.batches_done % self.accumulate
             else {},
@@ -135,8 +151,7 @@ class TorchTrainable(Trainable):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         mine = self.state
-        tensors = mine.model.state_dict(keep_vars=True) | dict(_unlisted_buffers(mine.model))
-        adopt(tensors, state["model"] | state["buffers"])
+        load_model(mine.model, state["model"], state["buffers"])
         for name, parameter in mine.model.named_parameters():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
@@ -151,6 +166,7 @@ class TorchTrainable(Trainable):
         state = self.state
         if state.epoch != work.epoch:
             state.epoch, state.batches_done = work.epoch, 0
+        state.epoch_ends_at = state.batches_done + len(work.train) if work.last else None
         state.model.train()
         metrics = dict(self.train_unit(state, work.train) or {})
         if work.epoch == work.position == 0:
@@ -162,11 +178,27 @@ class TorchTrainable(Trainable):
                 state.model.train()
         if work.last and self.schedule == "epoch" and state.scheduler is not None:
             self._step_schedule(metrics)
+        if work.last:
+            state.batches_done = 0
         return {name: float(value) for name, value in metrics.items()}
 
     def change_config(self, old: Config, new: Config) -> None:  # noqa: D102
         changed = {key for key in {*old, *new} if old.get(key) != new.get(key)}
-        unread = changed - set(self.on_config_change(old, new)) - self._config.read
+        if "batch_size" in changed and self.accumulate > 1 and self.state.batches_done:
+            raise ConfigurationError(
+                f"The config changes batch_size from {old.get('batch_size')} to {new.get('batch_size')} in mid-epoch, "
+                f"where gradients of {self.accumulate} batches are accumulated and the batches done were of the old "
+                "size: change it at the end of an epoch, or set accumulate to 1."
+            )
+        changed -= {"batch_size", "epochs"}  # the executor's, which has applied them
+        applied = set(self.on_config_change(old, new))
+        idle = (changed - applied) & names_of_groups([self.state.optimizer], self._fresh)
+        if idle:
+            raise ConfigurationError(
+                f"The config changes {', '.join(sorted(idle))}, but nothing in the optimizer had the old value or a "
+                "multiple of it; override on_config_change(old, new) to apply it, and return its name."
+            )
+        unread = changed - applied - self._config.read
         if unread:
             raise ConfigurationError(
                 f"The config changes {', '.join(sorted(unread))}, which neither {type(self).__name__}.build nor its "
@@ -189,6 +221,7 @@ class TorchTrainable(Trainable):
                 f"{type(self).__name__}.build returned ({kinds}); it must return (model, optimizer) or "
                 "(model, optimizer, scheduler)."
             )
+        refuse_outsiders(self, parts[0], parts[1])
         return tuple(parts)
 
     def _warn_of_unread(self) -> None:
@@ -211,7 +244,7 @@ class TorchTrainable(Trainable):
             )
         state.scaler.scale(metrics["loss"] / self.accumulate if self.accumulate > 1 else metrics["loss"]).backward()
         state.batches_done += 1
-        if state.batches_done % self.accumulate == 0 or state.batches_done == state.plan.batches_per_epoch:
+        if state.batches_done % self.accumulate == 0 or state.batches_done == state.epoch_ends_at:
             self._step_optimizer(state)
         return {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
 
@@ -282,6 +315,7 @@ class TorchRecipe(Recipe):
         tensors = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
             for name, tensor in state["model"].items()
+            if isinstance(tensor, Tensor)  # not the extra state of a module
         }
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial)
@@ -310,32 +344,6 @@ class _ReadKeys(dict[str, Any]):
     def items(self) -> Any:
         self.read.update(super().keys())
         return super().items()
-
-
-def adopt(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Make each target tensor *be* the value of its name where device and dtype allow it; copy where they do not."""
-    if targets.keys() != values.keys():
-        raise StateError(
-            f"The state has tensors {sorted(values.keys() - targets.keys())} that the model lacks, and lacks its "
-            f"{sorted(targets.keys() - values.keys())}: was the model built from another config?"
-        )
-    for name, target in targets.items():
-        value = values[name]
-        if target.shape != value.shape:
-            raise StateError(
-                f"{name} has shape {tuple(value.shape)} in the state and {tuple(target.shape)} in the model: "
-                "was the model built from another config?"
-            )
-        if target.device == value.device and target.dtype == value.dtype:
-            target.data = value
-        else:
-            target.data.copy_(value)
-
-
-def _unlisted_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The non-persistent buffers, which `state_dict` leaves out."""
-    listed = model.state_dict(keep_vars=True)
-    return ((name, buffer) for name, buffer in model.named_buffers() if name not in listed)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

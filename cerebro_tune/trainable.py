@@ -8,6 +8,7 @@ the trial hops back. `as_recipe` finds the adapter for what the user gave throug
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -165,53 +166,169 @@ def as_recipe(trainable: Any) -> Recipe:
     )
 
 
-def change_optimizers(optimizers: Sequence[Any], schedulers: Sequence[Any], old: Config, new: Config) -> set[str]:
-    """Give optimizer group values that equalled `old[key]` the value `new[key]`; return the keys that took effect.
+FreshGroups = list[list[dict[str, Any]]]
+"""By optimizer and parameter group: the group's values after a fresh build."""
 
-    A key of the same name as a group's value means that value; any other key is matched by value, among the group's
-    values that no key of the config names. Where the learning rate is changed, the rate as scheduled now and the base
-    rates of the schedulers scale by new / old, so that a schedule goes on in its shape.
+
+def note_groups(optimizers: Sequence[Any], schedulers: Sequence[Any] = ()) -> FreshGroups:
+    """What a fresh build put into its groups, for `change_optimizers`.
+
+    Every group is made to hold its first rate as `initial_lr`, as schedulers do, since ReduceLROnPlateau does not.
     """
+    noted: FreshGroups = []
+    for optimizer in optimizers:
+        noted.append([])
+        for index, group in enumerate(optimizer.param_groups):
+            if "lr" in group:
+                rate = group["lr"]
+                group.setdefault("initial_lr", rate.clone() if hasattr(rate, "clone") else rate)
+            values = {name: _number(value) for name, value in group.items() if name != "params"}
+            highest = [s.max_lrs[index] for s in _every(schedulers, optimizer) if hasattr(s, "max_lrs")]
+            noted[-1].append(values | ({_HIGHEST: _number(highest[0])} if highest else {}))
+    return noted
+
+
+def change_optimizers(
+    optimizers: Sequence[Any],
+    schedulers: Sequence[Any],
+    old: Config,
+    new: Config,
+    fresh: FreshGroups | None = None,
+) -> set[str]:
+    """Give optimizer group values that came from `old[key]` the value `new[key]`; return the keys that took effect.
+
+    `fresh`, by `note_groups`, is what a build under `new` gave: a value changes if it is `old[key]` now and `new[key]`
+    there, and a rate also if it differs from the one there by the factor new / old. Without `fresh`, a key of the same
+    name as a group's value means that value; any other key is matched by value, among those that no key names.
+    Where the learning rate is changed, the rate as scheduled now and the base rates of the schedulers scale by
+    new / old, so that a schedule goes on in its shape.
+    """
+    keys = sorted(key for key in {*old} & {*new} if old[key] != new[key])
     applied: set[str] = set()
-    for key in sorted({*old} & {*new}):
-        if old[key] == new[key] or not _is_number(old[key]) or not _is_number(new[key]):
-            continue
-        for optimizer in optimizers:
-            for index, group in enumerate(optimizer.param_groups):
-                for name in [key] if key in group else [name for name in group if name not in old]:
-                    if name == "lr":
-                        changed = _change_rate(group, old[key], new[key])
-                        if changed:
-                            _change_base_rate(schedulers, optimizer, index)
-                    else:
-                        changed = name not in _RATES and _is_number(group[name]) and group[name] == old[key]
-                        if changed:
-                            group[name] = new[key]
-                    if changed:
-                        applied.add(key)
+    for number, optimizer in enumerate(optimizers):
+        for index, group in enumerate(optimizer.param_groups):
+            built = None if fresh is None else fresh[number][index]
+            own = _every(schedulers, optimizer)
+            # Found for every key before any is applied: two keys may account for one value.
+            found = [(key, names) for key in keys if (names := _fed_by(key, old, new, group, built, own, index))]
+            before = dict(group)
+            for key, names in found:
+                for name in names - {"lr", _HIGHEST}:
+                    group[name] = _exchanged(before[name], built[name] if built else new[key], old[key], new[key])
+            applied.update(key for key, _ in found)
+            for rate in ("lr", _HIGHEST):
+                if feeding := [key for key, names in found if rate in names]:
+                    _scale_rates(group, own, index, old[feeding[0]], new[feeding[0]], everything=rate == "lr")
+                    break
     return applied
+
+
+def names_of_groups(optimizers: Sequence[Any], fresh: FreshGroups) -> set[str]:
+    """The group values that differ from a fresh build's: a changed key of such a name should have taken effect."""
+    names = set()
+    for optimizer, built in zip(optimizers, fresh, strict=True):
+        for group, values in zip(optimizer.param_groups, built, strict=True):
+            for name in values.keys() & group.keys():
+                began = "initial_lr" if name == "lr" else name
+                if _number(group[began]) != values[began]:
+                    names.add(name)
+    return names
 
 
 _RATES = ("initial_lr", "max_lr", "min_lr")
 """What schedulers note in a group beside its learning rate."""
+_BEGAN: tuple[str, ...] = _RATES[:2]
+_HIGHEST = "max_lrs"
+"""The attribute in which a cyclic schedule keeps its highest rates."""
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _change_rate(group: dict[str, Any], before: float, after: float) -> bool:
-    """Scale a group's rates if the rate it began with, or the highest a cyclic schedule may take, is `before`."""
-    began = [group[name] for name in ("initial_lr", "max_lr") if name in group] or [group["lr"]]
-    if before not in began:
-        return False
-    for name in ("lr", *_RATES):
-        if name in group:
-            group[name] = after if group[name] == before else group[name] * (after / before)
-    return True
+def _number(value: Any) -> Any:
+    """A tensor of one element as a number; any other value as it is."""
+    return float(value) if hasattr(value, "fill_") and value.numel() == 1 else value
 
 
-def _change_base_rate(schedulers: Sequence[Any], optimizer: Any, index: int) -> None:
+def _every(schedulers: Sequence[Any], optimizer: Any) -> list[Any]:
+    """The schedulers of an optimizer and, at any depth, those that they consist of."""
+    found = []
     for scheduler in schedulers:
-        if scheduler.optimizer is optimizer and hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs[index] = optimizer.param_groups[index]["initial_lr"]
+        if getattr(scheduler, "optimizer", None) is optimizer:
+            found += [scheduler, *_every(getattr(scheduler, "_schedulers", ()), optimizer)]
+    return found
+
+
+def _fed_by(
+    key: str,
+    old: Config,
+    new: Config,
+    group: dict[str, Any],
+    built: dict[str, Any] | None,
+    schedulers: Sequence[Any],
+    index: int,
+) -> set[str]:
+    """The names of the group's values that came from this key."""
+    before, after = old[key], new[key]
+    plain = {name for name in group if name not in ("params", "lr", *_RATES)}
+    rates = {name: _number(group[name]) for name in _BEGAN if name in group}
+    if not rates and "lr" in group:
+        rates = {"lr": _number(group["lr"])}
+    highest = [_number(s.max_lrs[index]) for s in schedulers if hasattr(s, _HIGHEST)]
+    if built is not None:
+        fed = {name for name in plain if _exchanged(group[name], built[name], before, after) is not group[name]}
+        if _is_number(before) and _is_number(after):
+            if any(_follows(value, built[name], before, after) for name, value in rates.items()):
+                fed.add("lr")
+            if highest and _follows(highest[0], built[_HIGHEST], before, after):
+                fed.add(_HIGHEST)
+        return fed
+    if not _is_number(before) or not _is_number(after):
+        return set()
+    candidates = {key} if key in group else {name for name in group if name not in old}
+    fed = {name for name in candidates & plain if _is_number(group[name]) and group[name] == before}
+    # A group without a note of its first rate may have had it reduced: there the name decides.
+    if "lr" in candidates and (before in rates.values() or (key == "lr" and "lr" in rates)):
+        fed.add("lr")
+    if "lr" in candidates and before in highest:
+        fed.add(_HIGHEST)
+    return fed
+
+
+def _exchanged(value: Any, built: Any, before: Any, after: Any) -> Any:
+    """`after` where the value is `before` and should be `after`, also within a tuple; else the value itself."""
+    if type(value) is type(built) is tuple and len(value) == len(built) and value != before:
+        items = tuple(_exchanged(one, other, before, after) for one, other in zip(value, built, strict=True))
+        return value if items == value else items
+    alike = isinstance(value, bool) == isinstance(before, bool) and isinstance(built, bool) == isinstance(after, bool)
+    return after if alike and value == before and _number(built) == after else value
+
+
+def _follows(value: float, built: float, before: float, after: float) -> bool:
+    """Whether a rate comes from a key: it is `before` and shall be `after`, or the same multiple of both."""
+    if value == 0 or before == 0:
+        return value == before and built == after
+    return math.isclose(value * (after / before), built, rel_tol=1e-6)  # rates may be tensors of float32
+
+
+def _scale_rates(
+    group: dict[str, Any], schedulers: Sequence[Any], index: int, before: float, after: float, everything: bool
+) -> None:
+    """Scale what a group and its schedulers know of the rate; only the highest one of a cycle, if not everything."""
+    for name in ("lr", *_RATES) if everything else ():
+        if name in group:
+            group[name] = _scaled(group[name], before, after)
+    for scheduler in schedulers:
+        for attribute in ("base_lrs", _HIGHEST) if everything else (_HIGHEST,):
+            if rates := getattr(scheduler, attribute, None):
+                rates[index] = _scaled(rates[index], before, after)
+
+
+def _scaled(rate: Any, before: float, after: float) -> Any:
+    if hasattr(rate, "fill_"):
+        # In place: a compiled or captured step reads the rate from this very tensor.
+        return rate.fill_(_scaled(float(rate), before, after))
+    if rate == before:
+        return after
+    return rate * (after / before) if before else rate

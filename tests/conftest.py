@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -67,3 +68,12 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
 def validation(tmp_path_factory: pytest.TempPathFactory) -> ShardedDataset:
     """100 rows of the same task."""
     return ShardedDataset.write(points(100, seed=1), tmp_path_factory.mktemp("data") / "validation", num_shards=1)
+
+
+@pytest.fixture
+def options(train: ShardedDataset, validation: ShardedDataset, tmp_path: Path) -> dict[str, Any]:
+    """Arguments of an executor with two inline workers."""
+    return {
+        "train": train, "validation": validation, "epochs": 2, "batch_size": 16, "workers": 2, "backend": "inline",
+        "run_dir": tmp_path / "runs", "progress": False,
+    }  # fmt: skip

@@ -143,3 +143,80 @@ class Counting(Momentum):
         counts = {"batches": float(self.batches), "rows": float(sum(self._rows))}
         self.log_dict(counts, on_step=False, on_epoch=True, reduce_fx="max")
         return super().training_step(batch, batch_idx) * min(1.0, self.batches / 50)
+
+
+class Teacher(Momentum):
+    """A teacher made of the student when training starts, a counter of starts, and work at the end."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.teacher = nn.Linear(8, 2).requires_grad_(False)
+        self.register_buffer("ends", torch.zeros(()))
+
+    def on_train_start(self) -> None:
+        self.first_step = self.global_step
+        with torch.no_grad():
+            self.teacher.weight.copy_(self.net[0].weight[:2])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.net[0].weight[:2], 0.05)
+        scores = self.net(batch[0])
+        return F.cross_entropy(scores, batch[1]) + 0.1 * F.mse_loss(scores, self.teacher(batch[0]))
+
+    def on_train_end(self) -> None:
+        self.ends += 1
+        with torch.no_grad():
+            self.net[4].weight.mul_(0.5)
+
+    def on_fit_end(self) -> None:
+        self.ends *= 3
+
+
+class Untied(Momentum):
+    """Two buffers that are one in a fresh build, and two as soon as training has bound the first anew."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        zeros = torch.zeros(8)
+        self.register_buffer("moving", zeros)
+        self.register_buffer("fixed", zeros)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.moving = self.moving * 0.9 + batch[0].mean(0)
+        return F.cross_entropy(self.net(batch[0] - self.moving + self.fixed), batch[1])
+
+
+class Marked(pl.LightningModule):
+    """A tag in a large buffer, which every step checks; how the buffer gets into a checkpoint is up to `how`."""
+
+    def __init__(self, tag: float = 0.0, how: str = "plain") -> None:
+        super().__init__()
+        self.tag, self.how = tag, how
+        self.net = nn.Linear(8, 2)
+        self.register_buffer("mark", torch.full((200_000,), tag))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        held = super().state_dict(*args, **kwargs)
+        return type(held)((name, value.clone()) for name, value in held.items()) if self.how == "copies" else held
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.how == "hook":
+            checkpoint["mark"] = self.mark.clone()
+        if self.how == "trimmed":
+            del checkpoint["state_dict"]["mark"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.how == "hook":
+            self.mark.copy_(checkpoint["mark"])
+        if self.how == "trimmed":
+            checkpoint["state_dict"]["mark"] = self.mark.clone()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        found = self.mark.unique().tolist()
+        if found != [self.tag]:
+            raise RuntimeError(f"the trial with tag {self.tag} finds {found}")
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)

@@ -1,68 +1,20 @@
-"""`Cerebro.fit` with real training: results, faults, order, and what it refuses."""
+"""`Cerebro.fit` with real training: results, faults, and order."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import math
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
-from safetensors.torch import load_file
 
-from cerebro_tune import Cerebro, Decision, Results, ShardedDataset, TrialResult
-from cerebro_tune.errors import (
-    ConfigurationError,
-    DamagedShardError,
-    NotPicklableError,
-    NotTrainableError,
-    StateMemoryError,
-    UnknownMetricError,
-)
-from cerebro_tune.policy import AutoPolicy, Board, Choice, Ready, Regime
-from cerebro_tune.run import Run
-from cerebro_tune.settings import Report
-from nets import AtEpochsEnd, Counting, Deep, Diverging, Exiting, Linear, Mortal, Raising, Remembering, Talking
-
-
-class InOrder(AutoPolicy):
-    """One trial, sent through these visits."""
-
-    def __init__(self, visits: Any) -> None:
-        super().__init__(logical=True)
-        self.shards = [shard for _, shard, _ in visits]
-
-    def choose(self, regime: Regime, board: Board, worker: int, held: int, ready: Ready) -> Choice | None:
-        (entry,) = ready
-        trial = entry[-1]
-        return Choice((trial,), self.shards[len(self.shards) - trial.units_left])
-
-
-CONFIGS = [{"lr": 0.001}, {"lr": 0.03}, {"lr": 0.3}]
-
-
-@pytest.fixture
-def options(train: ShardedDataset, validation: ShardedDataset, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "train": train, "validation": validation, "epochs": 2, "batch_size": 16, "workers": 2, "backend": "inline",
-        "run_dir": tmp_path / "runs", "progress": False,
-    }  # fmt: skip
-
-
-def weights(result: TrialResult) -> bytes:
-    return Path(str(result.last_checkpoint)).read_bytes()
-
-
-def outcome(results: Results) -> list[Any]:
-    """What must be equal between equal runs: all but the times."""
-    times = ("unit_time_s", "hop_time_s", "validation_time_s")
-    history = [[{k: v for k, v in report.items() if k not in times} for report in result.history] for result in results]
-    return [[(r.status, r.visits) for r in results], history, [weights(result) for result in results]]
+from cerebro_tune import Cerebro
+from nets import AtEpochsEnd, Counting, Deep, Diverging, Exiting, Linear, Mortal, Raising, Talking
+from runs import CONFIGS, InOrder, outcome, weights
 
 
 @pytest.mark.parametrize("backend", ["inline", "local"])
@@ -80,6 +32,7 @@ def test_fit_trains_every_config_on_every_shard(options: dict[str, Any], backend
         assert result.checkpoint is not None
         assert result.checkpoint.exists()
     assert results.best.metrics["val_accuracy"] > 0.85
+    assert {path.name for path in results.run_dir.rglob("*.safetensors")} <= {"best.safetensors", "last.safetensors"}
     table = results.to_table()
     assert table.num_rows == 3
     assert table["config/lr"].to_pylist() == [0.001, 0.03, 0.3]
@@ -250,239 +203,3 @@ def test_the_trace_has_every_unit(options: dict[str, Any]) -> None:
     for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"]):
         assert event["ts"] >= by_worker.get(event["tid"], 0) - 1  # microseconds: nothing on a worker overlaps
         by_worker[event["tid"]] = event["ts"] + event["dur"]
-
-
-# Commands, as the integrations give them.
-
-
-class Script:
-    """A tuner that does what a function says."""
-
-    def __init__(self, answer: Any) -> None:
-        self.answer, self.ended = answer, []
-
-    def on_report(self, trial_id: str, report: Report) -> Decision | None:
-        return self.answer(trial_id, report)
-
-    def on_end(self, result: TrialResult) -> None:
-        self.ended.append((result.trial_id, result.status))
-
-
-def test_stop_pause_and_resume(options: dict[str, Any]) -> None:
-    run: Run
-
-    def answer(trial_id: str, report: Report) -> Decision:
-        if trial_id == "trial-0001" and report["units"] == 3:
-            return Decision.STOP
-        if trial_id == "trial-0002" and report["units"] == 2:
-            return Decision.PAUSE
-        if trial_id == "trial-0000" and report["units"] == 8:
-            run.resume("trial-0002")
-        return Decision.CONTINUE
-
-    with Cerebro(**options) as cerebro:
-        tuner = Script(answer)
-        run = cerebro.run(Linear, tuner, metric="val_loss")
-        for config in CONFIGS:
-            run.add(config)
-        run.end_search()
-        results = cerebro.drive(run)
-    assert [(r.status, len(r.visits)) for r in results] == [("finished", 8), ("stopped", 3), ("finished", 8)]
-    assert sorted(tuner.ended) == [("trial-0000", "finished"), ("trial-0001", "stopped"), ("trial-0002", "finished")]
-    assert results[1].last_checkpoint is not None
-    assert results[1].metrics["units"] == 3
-    assert set(load_file(results[1].last_checkpoint)) == {"weight", "bias"}
-
-
-def test_a_trial_left_paused_has_its_last_checkpoint(options: dict[str, Any]) -> None:
-    with Cerebro(**options) as cerebro:
-        run = cerebro.run(
-            Linear, Script(lambda _, report: Decision.PAUSE if report["units"] == 5 else Decision.CONTINUE)
-        )
-        run.add(CONFIGS[0])
-        run.end_search()
-        (result,) = cerebro.drive(run)
-        assert (result.status, len(result.visits)) == ("paused", 5)
-        assert set(load_file(str(result.last_checkpoint))) == {"weight", "bias"}
-        with pytest.raises(ConfigurationError, match="The run is over"):
-            run.resume(result.trial_id)
-
-
-def test_decisions_from_another_thread(options: dict[str, Any]) -> None:
-    """The tuner answers later, from a thread of its own, and adds trials while the run goes."""
-    reports: Any = __import__("queue").SimpleQueue()
-    with Cerebro(**options | {"backend": "local"}) as cerebro:
-        tuner = Script(lambda *report: reports.put(report))
-        run = cerebro.run(Linear, tuner, metric="val_loss")
-        run.add(CONFIGS[0])
-
-        def decide() -> None:
-            late = False
-            while (said := reports.get()) is not None:
-                if not late:
-                    late = bool(run.add(CONFIGS[1]))
-                    run.end_search()
-                with pytest.raises(ConfigurationError, match="no trial 'trial-9999'; there are: trial-0000"):
-                    run.stop("trial-9999")
-                run.decide(said[0], Decision.CONTINUE)
-
-        thread = threading.Thread(target=decide)
-        thread.start()
-        results = cerebro.drive(run)
-        reports.put(None)
-        thread.join()
-    assert [(r.status, len(r.visits)) for r in results] == [("finished", 8), ("finished", 8)]
-
-
-def test_a_clone_goes_on_from_its_source_under_its_own_config(options: dict[str, Any]) -> None:
-    run: Run
-
-    def answer(trial_id: str, report: Report) -> Decision:
-        if trial_id == "trial-0000" and report["units"] == 3:
-            run.clone("trial-0000")
-            run.clone("trial-0000", {"lr": 0.5})
-        return Decision.CONTINUE
-
-    with Cerebro(**options | {"policy": "fixed", "workers": 1}) as cerebro:
-        run = cerebro.run(Linear, Script(answer), metric="val_loss")
-        run.add({"lr": 0.05})
-        run.end_search()
-        source, same, changed = cerebro.drive(run)
-    assert len(source.visits) == 8
-    assert len(same.visits) == len(changed.visits) == 5
-    assert {shard for epoch, shard, _ in same.visits if epoch == 0} == {s for e, s, _ in source.visits[3:] if e == 0}
-    assert same.history[0]["units"] == 4
-    assert changed.history[-1]["train_loss"] != same.history[-1]["train_loss"]
-
-
-def test_clones_under_the_logical_clock_start_where_their_source_was_committed(options: dict[str, Any]) -> None:
-    """A result that came early waits for its turn, and until then a clone must not see its state."""
-    run: Run
-    cloned: list[str] = []
-
-    def answer(trial_id: str, report: Report) -> Decision:
-        if len(cloned) < 8 and report["units"] > 2:
-            others = [f"trial-{number:04d}" for number in range(3) if f"trial-{number:04d}" != trial_id]
-            cloned.extend(run.clone(other) for other in others if run.status(other) == "running")
-        return Decision.CONTINUE
-
-    fixed = options | {"policy": "fixed", "backend": "local", "epochs": 4}
-    with Cerebro(**fixed) as cerebro:
-        run = cerebro.run(Remembering, Script(answer))
-        for config in CONFIGS:
-            run.add(config)
-        run.end_search()
-        results = cerebro.drive(run)
-    assert len(results) == 3 + len(cloned) >= 11
-    for result in results:
-        assert result.status == "finished", result.error
-        assert [report["seen"] for report in result.history] == [report["units"] for report in result.history]
-
-
-def test_a_changed_key_that_nothing_reads_fails_the_clone_by_name(options: dict[str, Any]) -> None:
-    run: Run
-
-    def answer(trial_id: str, report: Report) -> Decision:
-        if trial_id == "trial-0000" and report["units"] == 1:
-            run.clone("trial-0000", {"lr": 0.05, "tempo": 3})
-        return Decision.CONTINUE
-
-    with Cerebro(**options) as cerebro:
-        run = cerebro.run(Linear, Script(answer))
-        run.add({"lr": 0.05})
-        run.end_search()
-        source, clone = cerebro.drive(run)
-    assert (source.status, clone.status) == ("finished", "failed")
-    assert "The config changes tempo, which neither" in str(clone.error)
-
-
-# What it refuses, before any training.
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"workers": 0}, "workers is 0; it must be a whole number of at least 1"),
-        ({"epochs": 0}, "epochs is 0"),
-        ({"batch_size": 2.5}, "batch_size is 2.5"),
-        ({"placement": "sharded"}, "placement is 'sharded'; valid: 'auto', 'shared', 'pinned'"),
-        ({"policy": "greedy"}, "policy is 'greedy'; valid: 'auto', 'random', 'fixed'"),
-        ({"report_every": "step"}, "report_every is 'step'"),
-        ({"keep": "worst"}, "keep is 'worst'"),
-        ({"loader": {"shuffle": True}}, "loader has shuffle; valid: columns, as_dict"),
-        ({"workers": 5, "placement": "pinned"}, "4 shards cannot be pinned to 5 workers"),
-        ({"validation_rows": "most"}, "validation_rows is 'most'"),
-        ({"state_memory": "plenty"}, "plenty"),
-        ({"train": 7}, "train is a int; valid: a ShardedDataset"),
-        ({"devices": "gpu"}, 'devices has \'gpu\'; valid: "auto", "cpu"'),
-        ({"seed": -1}, "seed is -1"),
-        ({"loader": {"columns": "xy"}}, "columns is 'xy'; it must be a list of names"),
-    ],
-)
-def test_bad_arguments(options: dict[str, Any], changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message.replace("(", r"\(")):
-        Cerebro(**options | changed)
-    assert not Path(options["run_dir"]).exists()
-
-
-def test_unknown_column_and_backend(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="x"):
-        Cerebro(**options, loader={"columns": ["pixels"]})
-    with pytest.raises(ConfigurationError, match="no backend 'slurm'; valid: inline, local"):
-        Cerebro(**options | {"backend": "slurm"}).fit(Linear, CONFIGS)
-
-
-def test_bad_configs_and_trainables(options: dict[str, Any]) -> None:
-    with Cerebro(**options) as cerebro:
-        with pytest.raises(ConfigurationError, match="configs is empty"):
-            cerebro.fit(Linear, [])
-        with pytest.raises(ConfigurationError, match="epochs in a config is 0"):
-            cerebro.fit(Linear, [{"lr": 1, "epochs": 0}])
-        with pytest.raises(NotTrainableError, match="Valid are a TorchTrainable subclass"):
-            cerebro.fit(print, CONFIGS)
-        with pytest.raises(NotTrainableError, match="Give the class, Linear"):
-            cerebro.fit(Linear(), CONFIGS)
-        with pytest.raises(NotTrainableError, match="import LightningTrainable"):
-            cerebro.fit(lambda config: None, CONFIGS)
-        for configs in ({"lr": 0.1}, ["lr"]):
-            with pytest.raises(ConfigurationError, match="it must be a list of dicts"):
-                cerebro.fit(Linear, configs)  # type: ignore[arg-type]
-        with pytest.raises(ConfigurationError, match="the name of one metric"):
-            cerebro.fit(Linear, CONFIGS, metric=["val_loss"])  # type: ignore[arg-type]
-        with pytest.raises(ConfigurationError, match="mode is 'least'"):
-            cerebro.fit(Linear, CONFIGS, mode="least")
-        with pytest.raises(NotPicklableError, match=r"The config .* cannot be sent to the workers"):
-            cerebro.fit(Linear, [{"lr": 0.1, "lock": threading.Lock()}])
-        assert list(Path(options["run_dir"]).iterdir()) == []  # nothing half-written
-        assert cerebro.fit(Linear, CONFIGS[:1])[0].status == "finished"  # and it still works
-
-
-def test_an_unknown_metric_lists_those_there_are(options: dict[str, Any]) -> None:
-    with Cerebro(**options) as cerebro, pytest.raises(UnknownMetricError, match="train_loss, val_accuracy, val_loss"):
-        cerebro.fit(Linear, CONFIGS, metric="accuracy")
-
-
-def test_a_flipped_bit_in_a_shard_stops_the_run_before_training(options: dict[str, Any], tmp_path: Path) -> None:
-    table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array([0.5] * 800, pa.float32()), 8), "y": [0, 1] * 50})
-    damaged = ShardedDataset.write(table, tmp_path / "damaged", num_shards=4)
-    file = damaged.file(2)
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 4
-    file.write_bytes(content)
-    with Cerebro(**options | {"train": damaged}) as cerebro, pytest.raises(DamagedShardError, match=file.name):
-        cerebro.fit(Linear, CONFIGS)
-    assert list(Path(options["run_dir"]).iterdir()) == []
-
-
-def test_full_state_memory_says_what_to_do(options: dict[str, Any]) -> None:
-    with Cerebro(**options, state_memory=100_000) as cerebro, pytest.raises(StateMemoryError, match="state_memory"):
-        cerebro.fit(Linear, CONFIGS)
-
-
-def test_one_run_at_a_time(options: dict[str, Any]) -> None:
-    with Cerebro(**options) as cerebro:
-        run = cerebro.run(Linear, Script(lambda *_: Decision.CONTINUE))
-        with pytest.raises(ConfigurationError, match="has a run in progress"):
-            cerebro.fit(Linear, CONFIGS)
-        run.end_search()
-        assert len(cerebro.drive(run)) == 0

@@ -14,7 +14,7 @@ from cerebro_tune import Cerebro, ShardedDataset, VisitLoader
 from cerebro_tune.data import BatchForm
 from cerebro_tune.seeding import seed_build
 from cerebro_tune_lightning import LightningTrainable, ReseedCallback
-from lightning_nets import Busy, Counting, Momentum, MultiStep, OneCycle, Plateau
+from lightning_nets import Busy, Counting, Marked, Momentum, MultiStep, OneCycle, Plateau, Teacher, Untied
 
 EPOCHS, BATCH, SEED = 3, 16, 5
 
@@ -31,6 +31,8 @@ CASES: dict[str, tuple[type[pl.LightningModule], dict[str, Any]]] = {
     "mixed": (OneCycle, {"precision": "bf16-mixed"}),
     "half": (Momentum, {"precision": "bf16-true"}),
     "counting": (Counting, {}),
+    "teacher": (Teacher, {}),
+    "untied": (Untied, {}),
     "busy": (Busy, {"accumulate_grad_batches": 2}),
 }
 
@@ -129,3 +131,19 @@ def test_hops_equal_a_plain_fit(cerebro: Cerebro, train: ShardedDataset, validat
             assert hopped["optimizer_states"][0]["param_groups"][0]["lr"] < result.config["lr"]
         for report, metrics in zip(result.history, logged, strict=True):
             assert {name: report[name] for name in metrics} == metrics
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+def test_no_trial_writes_into_anothers_state(train: ShardedDataset, tmp_path: Any) -> None:
+    hows = ["plain", "copies", "hook", "trimmed"]
+    configs = [{"tag": float(number), "how": hows[number % 4]} for number in range(8)]
+    with Cerebro(
+        train, epochs=4, batch_size=BATCH, workers=2, placement="pinned", policy="random", live_trials=8,
+        progress=False, run_dir=tmp_path,
+    ) as executor:  # fmt: skip
+        results = executor.fit(Marked, configs, metric="train_loss")
+    assert [result.error for result in results] == [None] * 8
+    for result in results:
+        checkpoint = torch.load(result.last_checkpoint, weights_only=True)
+        mark = (checkpoint["state_dict"] | checkpoint["cerebro_tune"]["tensors"])["mark"]
+        assert mark.unique().tolist() == [result.config["tag"]]

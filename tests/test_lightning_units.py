@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
 from cerebro_tune.trainable import Trainable, UnitWork, as_recipe
 from cerebro_tune_lightning import LightningTrainable
 from cerebro_tune_lightning.adapt import adapt
-from lightning_nets import Busy, Logging, Momentum, OneCycle
+from lightning_nets import Busy, Logging, Momentum, OneCycle, Teacher
 
 BATCH = 16
 
@@ -34,9 +35,9 @@ BATCH = 16
 class Batches:
     """What a worker would feed: a shard in its order, reseeded at the first batch."""
 
-    def __init__(self, dataset: ShardedDataset, epoch: int, shard: int) -> None:
+    def __init__(self, dataset: ShardedDataset, epoch: int, shard: int, batch_size: int = BATCH) -> None:
         self.dataset, self.epoch, self.shard = dataset, epoch, shard
-        self.sizes = batch_sizes(dataset.rows(shard), BATCH)
+        self.sizes = batch_sizes(dataset.rows(shard), batch_size)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -80,7 +81,7 @@ class Hopping:
     def place(self) -> tuple[int, int]:
         return divmod(self.units, self.train.num_shards)
 
-    def unit(self, validation: Any = None) -> dict[str, float]:
+    def unit(self, validation: Any = None, batch_size: int = BATCH) -> dict[str, float]:
         """Run the next unit where the last one did not run."""
         epoch, shard = self.place
         seat = self.seats[self.units % 2]
@@ -91,7 +92,8 @@ class Hopping:
             seat.load_state_dict(state.read(working))
         seed_unit(0, 0, epoch, shard)
         last = shard == self.train.num_shards - 1
-        work = UnitWork(epoch, shard, shard, last, Batches(self.train, epoch, shard), validation, self._validating)
+        batches = Batches(self.train, epoch, shard, batch_size)
+        work = UnitWork(epoch, shard, shard, last, batches, validation, self._validating)
         metrics = seat.run_unit(work)
         self.used = state.write(seat.state_dict(), working)
         self.units += 1
@@ -364,6 +366,12 @@ class Stopping(Momentum):
         self.trainer.should_stop = True
 
 
+class Outside(Momentum):
+    def configure_optimizers(self) -> Any:
+        outside = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(()))]
+        return torch.optim.SGD([*self.parameters(), *outside], 0.1)
+
+
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")  # Lightning, to Frozen
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch, to Skipping, which skips every step
 @pytest.mark.parametrize(
@@ -375,6 +383,9 @@ class Stopping(Momentum):
         (Skipping, {}, "on_train_batch_start returned -1"),
         (Stopping, {}, "set trainer.should_stop"),
         (Momentum, {"callbacks": pl.callbacks.EarlyStopping("val_loss")}, "EarlyStopping.*leave it out"),
+        (Momentum, {"callbacks": pl.callbacks.GradientAccumulationScheduler({1: 2})}, "GradientAccum.*one number"),
+        (Momentum, {"callbacks": pl.callbacks.StochasticWeightAveraging(0.1)}, "StochasticWeightAv.*AveragedModel"),
+        (Outside, {}, r"not in the module, of shape \(2, 3\), \(\); only the module's own hop"),
         (lambda config: nn.Linear(8, 2), {}, "must make a LightningModule"),
     ],
 )
@@ -430,6 +441,90 @@ def test_a_changed_config_takes_effect(train: ShardedDataset) -> None:
     momentum = changed(LightningTrainable(Momentum), train, {"lr": 0.1}, {"lr": 0.2})
     assert momentum.trainer.optimizers[0].param_groups[0]["lr"] == 0.2
     assert momentum.trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.2]
+
+
+class Dropping(Momentum):
+    """Dropout of 0 like the optimizer's momentum and weight decay; a rate that falls at each epoch's end."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.99)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+def test_a_changed_key_leaves_alone_what_only_equals_it(train: ShardedDataset) -> None:
+    successor = changed(LightningTrainable(Dropping), train, {"dropout": 0.0}, {"dropout": 0.3})
+    group = successor.trainer.optimizers[0].param_groups[0]
+    assert (successor.module.net[3].p, group["momentum"], group["weight_decay"]) == (0.3, 0, 0)
+
+
+def test_a_changed_rate_counts_from_where_the_schedule_has_brought_it(
+    train: ShardedDataset, validation: ShardedDataset
+) -> None:
+    hopping = Hopping(LightningTrainable(Dropping), {"lr": 0.1}, train, epochs=3)
+    for _ in range(8):
+        hopping.unit(ValidationBatches(validation, 40))
+    tree = hopping.tree
+    rate = tree["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert rate < 0.1
+    successor = LightningTrainable(Dropping).create()
+    successor.start({"lr": 0.2}, hopping.plan)
+    successor.load_state_dict(tree)
+    successor.change_config({"lr": 0.1}, {"lr": 0.2})
+    assert successor.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(2 * rate)  # type: ignore[attr-defined]
+    hopping.close()
+
+
+@pytest.mark.parametrize("units", [1, 4])
+def test_the_batch_size_changes_at_an_epochs_end_only(train: ShardedDataset, units: int) -> None:
+    recipe = LightningTrainable(Momentum, trainer_kwargs={"accumulate_grad_batches": 3})
+    hopping = Hopping(recipe, {}, train)
+    for _ in range(units):
+        hopping.unit()
+    plan = replace(hopping.plan, batch_size=8)
+    successor: Any = recipe.create()
+    successor.start({}, plan)
+    if units == 1:
+        with pytest.raises(ConfigurationError, match="batch_size is changed from 16 to 8 in mid-epoch; it can change"):
+            successor.load_state_dict(hopping.tree)
+    else:
+        steps = hopping.seat.trainer.global_step
+        successor.load_state_dict(hopping.tree)
+        successor.change_config({"batch_size": 16}, {"batch_size": 8, "epochs": 2})
+        hopping.seats, hopping.plan = [successor, successor], plan
+        for _ in range(4):
+            hopping.unit(batch_size=8)
+        assert successor.trainer.global_step - steps == plan.steps_per_epoch
+        assert not successor.state_dict()["cerebro_tune"]["gradients"]
+    hopping.close()
+
+
+class Resumed(Momentum):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["cache"] = [1, 2]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.cache = [*getattr(self, "cache", []), *checkpoint["cache"]]
+
+
+def test_what_the_load_hook_puts_into_attributes_is_kept(train: ShardedDataset) -> None:
+    hopping = Hopping(LightningTrainable(Resumed), {}, train)
+    hopping.unit()
+    for _ in range(4):
+        hopping.unit()
+        assert hopping.seat.module.cache == [1, 2], "the hook runs on a fresh build, as Lightning's does"
+    hopping.close()
+
+
+def test_training_starts_and_ends_once(train: ShardedDataset) -> None:
+    hopping = Hopping(LightningTrainable(Teacher), {}, train, epochs=1)
+    ends = []
+    for _ in range(4):
+        hopping.unit()
+        assert hopping.seat.module.first_step == 0
+        ends.append(float(hopping.tree["state_dict"]["ends"]))
+    assert ends == [0, 0, 0, 3]
+    hopping.close()
 
 
 def test_a_changed_key_that_nothing_reads_is_named(train: ShardedDataset) -> None:

@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from cerebro_tune import Cerebro, Plan, ShardedDataset, TorchTrainable, VisitLoader
+from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.seeding import seed_build
+from trees import round_trip
 
 EPOCHS, BATCH = 3, 16
 
@@ -79,6 +81,100 @@ class Tied(Momentum):
     def training_step(self, model: nn.Module, batch: Any) -> Any:
         model.unlisted.add_(1)
         return F.cross_entropy(model(batch[0])[:, :2], batch[1]) + model.unlisted.sum() * 1e-3
+
+
+class SplitBuffers(Momentum):
+    """Two buffers that begin as one tensor and part; a model whose state dict is of copies; an extra state."""
+
+    def build(self, config: Any, plan: Plan) -> Any:
+        model = Odd()
+        return model, torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=0.9)
+
+
+class Odd(nn.Module):
+    mean: torch.Tensor
+    zero: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Copying(8, 2)
+        one = torch.zeros(8)
+        self.register_buffer("mean", one)
+        self.register_buffer("zero", one)
+        self.steps = {"done": 0}
+
+    def get_extra_state(self) -> Any:
+        return {"steps": self.steps["done"]}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.steps["done"] = state["steps"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps["done"] += 1
+        self.mean = self.mean * 0.9 + x.mean(0)
+        return self.layer(x - self.mean + self.zero) * (1 + 0.01 * self.steps["done"])  # type: ignore[no-any-return]
+
+
+class Copying(nn.Linear):
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        tensors = super().state_dict(*args, **options)
+        prefix = options.get("prefix", "")
+        for name in ("weight", "bias"):
+            tensors[prefix + name] = tensors[prefix + name].detach().clone()
+        return tensors
+
+
+class Master(torch.optim.Optimizer):
+    """Moments and weights in float32, whatever the model's dtype, in an optimizer that torch must load itself."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["moment"] = torch.zeros_like(parameter, dtype=torch.float32)
+                    state["master"] = parameter.float().clone()
+                state["moment"].mul_(0.9).add_(parameter.grad.float())
+                state["master"].sub_(state["moment"], alpha=group["lr"])
+                parameter.copy_(state["master"])
+
+
+class MasterWeights(HalfTrue):
+    def build(self, config: Any, plan: Plan) -> Any:
+        model = mlp()
+        return model, Master(model.parameters(), config["lr"])
+
+
+class OwnLoss(Momentum):
+    """A parameter that is trained, but is not the model's."""
+
+    def build(self, config: Any, plan: Plan) -> Any:
+        model = mlp()
+        self.temperature = nn.Parameter(torch.ones(3, 2))
+        return model, torch.optim.SGD([*model.parameters(), self.temperature], lr=config["lr"])
+
+
+class Teacher(Momentum):
+    def build(self, config: Any, plan: Plan) -> Any:
+        self.loss = nn.CrossEntropyLoss(weight=torch.ones(2))
+        self.teachers = [mlp()]
+        return super().build(config, plan)
+
+
+class Inside(Teacher):
+    """The same parts, but all of them in the model."""
+
+    def build(self, config: Any, plan: Plan) -> Any:
+        self.net, self.teacher = nn.Linear(8, 2), nn.Linear(8, 2)
+        model = nn.ModuleDict({"net": self.net, "teacher": self.teacher})
+        return model, torch.optim.SGD(self.net.parameters(), lr=config["lr"])
 
 
 def plain_loop(kind: type[TorchTrainable], loader: VisitLoader, lr: float) -> tuple[nn.Module, Any, list[float]]:
@@ -149,7 +245,9 @@ def cerebro(train: ShardedDataset, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize(
-    "kind", [Momentum, OneCycle, Accumulating, Mixed, HalfTrue, Scaled, Tied], ids=lambda k: k.__name__
+    "kind",
+    [Momentum, OneCycle, Accumulating, Mixed, HalfTrue, Scaled, Tied, SplitBuffers, MasterWeights],
+    ids=lambda k: k.__name__,
 )
 def test_hops_equal_a_plain_loop(cerebro: Cerebro, kind: type[TorchTrainable], train: ShardedDataset) -> None:
     results = cerebro.fit(spied(kind), [{"lr": 0.05}, {"lr": 0.01}], metric="train_loss")
@@ -160,9 +258,59 @@ def test_hops_equal_a_plain_loop(cerebro: Cerebro, kind: type[TorchTrainable], t
         loader = VisitLoader(train, result.visits, batch_size=BATCH, seed=5, trial_index=index)
         model, optimizer, rates = plain_loop(kind, loader, result.config["lr"])
         weights = load_file(Path(str(result.last_checkpoint)))
-        expected = model.state_dict()
+        expected = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
         assert weights.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(weights[name], tensor), name
         assert [report["rate"] for report in result.history] == rates
         assert result.history[-1]["optimizer"] == checksum(optimizer)
+
+
+def test_what_is_trained_beside_the_model_is_refused() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"OwnLoss trains parameters of shapes \(3, 2\) that are not the model's"
+    ):
+        OwnLoss().start({"lr": 0.1}, Plan(1, 4, (8,)))
+
+
+def test_a_module_beside_the_model_is_refused_by_name() -> None:
+    with pytest.raises(ConfigurationError, match=r"Teacher\.teachers is a Sequential that is not part of the model"):
+        Teacher().start({"lr": 0.1}, Plan(1, 4, (8,)))
+    Inside().start({"lr": 0.1}, Plan(1, 4, (8,)))
+
+
+def test_buffers_that_parted_may_be_one_again() -> None:
+    """A trial's state may go back to where two buffers were one tensor, on a worker that has them apart."""
+    here, there = SplitBuffers(), SplitBuffers()
+    for trial in (here, there):
+        trial.start({"lr": 0.1}, Plan(1, 4, (8,)))
+    together = round_trip(here.state_dict())
+    here.state.model(torch.ones(2, 8))
+    there.load_state_dict(round_trip(here.state_dict()))
+    model: Any = there.state.model
+    assert not torch.equal(model.mean, model.zero)
+    there.load_state_dict(together)
+    model.mean.add_(1)
+    assert torch.equal(model.zero, torch.ones(8))
+
+
+def test_loading_writes_to_no_buffer_that_a_trial_was_in_before() -> None:
+    """By then the buffer may be another trial's."""
+    source, trial = SplitBuffers(), SplitBuffers()
+    for one in (source, trial):
+        one.start({"lr": 0.1}, Plan(1, 4, (8,)))
+    first = round_trip(source.state_dict())
+    trial.load_state_dict(first)
+    before = [tensor.clone() for tensor in tensors_of(first)]
+    with torch.no_grad():
+        for tensor in source.state.model.parameters():
+            tensor.add_(1)
+    source.state.model(torch.ones(2, 8))
+    trial.load_state_dict(round_trip(source.state_dict()))
+    assert all(map(torch.equal, tensors_of(first), before))
+    assert all(map(torch.equal, trial.state.model.parameters(), source.state.model.parameters()))
+
+
+def tensors_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    tensors = [*state["model"].values(), *state["buffers"].values()]
+    return [tensor.detach() for tensor in tensors if isinstance(tensor, torch.Tensor)]

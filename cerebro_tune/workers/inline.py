@@ -66,6 +66,7 @@ class InlineWorkers(Workers):
 
     def restart(self, worker: WorkerId) -> None:  # noqa: D102
         self._tasks = deque((whose, task) for whose, task in self._tasks if whose != worker)
+        self._said = deque(message for message in self._said if message.worker != worker)
         if runner := self._runners.pop(worker, None):
             runner.close()
         self._runners[worker] = UnitRunner(worker, self.devices[worker.number], self._grow)

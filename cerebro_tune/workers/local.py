@@ -58,6 +58,7 @@ class LocalWorkers(Workers):
     def restart(self, worker: WorkerId) -> None:  # noqa: D102
         if seat := self._seats.pop(worker, None):
             self._unseat(seat, kill=True)
+        self._said = [message for message in self._said if message.worker != worker]
         ours, theirs = socket.socketpair()
         with theirs:
             parent = self._live_server() if self._fork else _interpreter("child", theirs)
@@ -127,7 +128,7 @@ class LocalWorkers(Workers):
     def _hear(self, seat: _Seat) -> None:
         try:
             message = seat.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # also when it died in the middle of a message
             self._lose(seat)
             return
         if isinstance(message, NeedBuffer):

@@ -69,8 +69,7 @@ def _fork_one(control: socket.socket) -> bool:
     if pid == 0:
         _become_worker(control, descriptor)
     os.close(descriptor)
-    control.sendall(ANSWER.pack(pid, -1))
-    return True
+    return _answer(control, pid, -1)
 
 
 def _become_worker(control: socket.socket, descriptor: int) -> None:
@@ -95,7 +94,13 @@ def _reap(control: socket.socket) -> None:
             return
         if pid == 0:
             return
-        try:
-            control.sendall(ANSWER.pack(pid, status))
-        except OSError:
-            return  # the coordinator is gone; the main loop sees it too
+        _answer(control, pid, status)
+
+
+def _answer(control: socket.socket, pid: int, status: int) -> bool:
+    """Tell the coordinator; false when it is gone."""
+    try:
+        control.sendall(ANSWER.pack(pid, status))
+    except OSError:
+        return False
+    return True

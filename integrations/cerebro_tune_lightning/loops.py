@@ -3,10 +3,11 @@
 Tested with 2.6.0 to 2.6.6, where it gives the same bits as one `Trainer.fit`. The order of calls is
 that of `_FitLoop.run` and `_TrainingEpochLoop.run`:
 
-    fit_loop.reset, on_run_start                                      at the first unit in this worker
+    fit_loop.reset, on_run_start                                      once in this worker, before a state is loaded
     fit_loop.on_advance_start, epoch_loop.reset                       at an epoch's first unit
     epoch_loop.advance, epoch_loop.on_advance_end (which validates)   for every batch
     fit_loop.on_advance_end                                           at an epoch's last unit
+    fit_loop.on_run_end, on_fit_end                                   at the trial's last unit
 
 A new Trainer per unit would cost 11 ms, and could not step a ReduceLROnPlateau: Lightning takes every epoch that goes
 on from a checkpoint for a restarted one, and leaves that scheduler out at its end.
@@ -56,10 +57,7 @@ class KeptTrainer:
         self._metrics.written.clear()
         trainer.training = True
         with self._watcher.unit(work), torch.autograd.set_detect_anomaly(trainer._detect_anomaly):
-            if not self._begun:
-                fit.reset()
-                fit.on_run_start()
-                self._begun = True
+            self.begin()
             if work.position == 0:
                 fit.on_advance_start()
                 epoch.reset()
@@ -68,7 +66,24 @@ class KeptTrainer:
                 self._advance(fetcher)
             if work.last:
                 fit.on_advance_end()
+                if work.epoch == trainer.max_epochs - 1:
+                    self._end()
         return self._report(work, rows)
+
+    def begin(self) -> None:
+        """Call `on_train_start`, once: what it sets up is that of a fresh build, and a state loaded afterwards wins."""
+        if self._begun:
+            return
+        self._begun = self.trainer.training = True
+        self._fit.reset()
+        self._fit.on_run_start()
+
+    def _end(self) -> None:
+        """Call the hooks that follow the last epoch, whose work belongs to the final state."""
+        self._fit.on_run_end()
+        call = self._get("trainer.call")
+        call._call_callback_hooks(self.trainer, "on_fit_end")
+        call._call_lightning_module_hook(self.trainer, "on_fit_end")
 
     def dump(self) -> dict[str, Any]:
         """The checkpoint that Lightning would save now; tensors are the live ones."""
@@ -80,6 +95,9 @@ class KeptTrainer:
         connector = self.trainer._checkpoint_connector
         connector._loaded_checkpoint = checkpoint
         connector.restore_callbacks()
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, self._get("callbacks").BaseFinetuning):
+                callback.on_fit_start(self.trainer, self.module)  # makes the parameter groups that the state has
         connector.restore_training_state()
         connector._loaded_checkpoint = {}
         for loop in (self._fit, self._epoch, self._epoch.automatic_optimization, self._epoch.val_loop):
@@ -88,6 +106,10 @@ class KeptTrainer:
     def call_module(self, hook: str, *args: Any) -> Any:
         """Call one of the module's hooks as Lightning does."""
         return self._get("trainer.call")._call_lightning_module_hook(self.trainer, hook, *args)
+
+    def overrides(self, hook: str) -> bool:
+        """Whether the module's class has this hook of its own."""
+        return bool(self._get("utilities.model_helpers").is_overridden(hook, self.module))
 
     def dump_results(self) -> dict[str, Any]:
         """What was logged so far: a checkpoint lacks it."""
@@ -113,6 +135,12 @@ class KeptTrainer:
     def accumulating(self) -> bool:
         """Whether gradients wait for the optimizer's next step."""
         return bool(self._fit._should_accumulate())
+
+    @property
+    def in_mid_epoch(self) -> bool:
+        """Whether an epoch is begun and not over."""
+        progress = self._fit.epoch_progress.current
+        return bool(progress.ready > progress.completed)
 
     def close(self) -> None:
         """Call the module's and the callbacks' `teardown`."""
@@ -161,13 +189,23 @@ class KeptTrainer:
         count = sum(not isinstance(optimizer, mock) for optimizer in self.trainer.optimizers)
         if count != 1:
             raise NotTrainableError(f"{name}.configure_optimizers gave {count or 'no'} optimizers. {_VALID}")
+        self._check_parameters(name)
         callbacks = self._get("callbacks")
         for callback in self.trainer.callbacks:
-            if isinstance(callback, callbacks.EarlyStopping | callbacks.Checkpoint):
-                raise NotTrainableError(
-                    f"{name} is trained with the callback {type(callback).__name__}, but which trial stops and which "
-                    "checkpoints are kept is the tuner's choice: leave it out."
-                )
+            for kind, reason in _REFUSED.items():
+                if isinstance(callback, getattr(callbacks, kind)):
+                    raise NotTrainableError(f"{name} is trained with the callback {type(callback).__name__}, {reason}")
+
+    def _check_parameters(self, name: str) -> None:
+        own = {id(parameter) for parameter in self.module.parameters()}
+        groups = [group["params"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        outside = [tuple(parameter.shape) for group in groups for parameter in group if id(parameter) not in own]
+        if outside:
+            raise NotTrainableError(
+                f"{name}.configure_optimizers gives the optimizer parameters that are not in the module, of shape "
+                f"{', '.join(map(str, outside))}; only the module's own hop: make them attributes of it "
+                "(of an nn.ParameterList, an nn.ModuleList or the module itself)."
+            )
 
     def _get(self, module: str) -> Any:
         return import_module(f"{self._host}.{module}")
@@ -217,6 +255,16 @@ class KeptTrainer:
 
 
 _LOGGED = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
+
+_REFUSED = {
+    "EarlyStopping": "but which trial stops is the tuner's choice: leave it out.",
+    "Checkpoint": "but which checkpoints are kept is the tuner's choice: leave it out.",
+    "GradientAccumulationScheduler": "whose changes of accumulate_grad_batches do not hop: leave it out, and give "
+    'one number for all epochs: trainer_kwargs={"accumulate_grad_batches": ...}.',
+    "StochasticWeightAveraging": "whose averages and schedule do not hop: leave it out, and average in the module "
+    "itself, with a torch.optim.swa_utils.AveragedModel as part of it that on_train_batch_end updates.",
+}
+"""Callbacks that cannot hop, and what to do instead."""
 
 _DEFAULTS: dict[str, Any] = {
     "enable_checkpointing": False,

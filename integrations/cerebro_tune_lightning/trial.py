@@ -8,8 +8,7 @@ from typing import Any
 from cerebro_tune.attributes import Attributes, modules_of
 from cerebro_tune.data.order import batch_sizes
 from cerebro_tune.errors import ConfigurationError
-from cerebro_tune.torch_trainable import adopt
-from cerebro_tune.trainable import Config, Plan, Trainable, UnitWork, change_optimizers
+from cerebro_tune.trainable import Config, Plan, Trainable, UnitWork, change_optimizers, note_groups
 from cerebro_tune_lightning import carry, results
 from cerebro_tune_lightning.checkpoint import EXTRAS, make_safe
 from cerebro_tune_lightning.loops import KeptTrainer
@@ -27,6 +26,7 @@ class LightningTrial(Trainable):
         self.module = self._recipe.build(config)
         host = namespace(type(self.module)) or ""
         self._kept = KeptTrainer(self.module, host, plan, self._recipe.trainer_kwargs)
+        self._note_fresh_groups()
         private = vars(import_module(host).LightningModule())
         self._attributes = Attributes(lambda: modules_of(self.module, skip=results.is_metric), private)
 
@@ -50,7 +50,9 @@ class LightningTrial(Trainable):
             "results": self._kept.dump_results(),
             "metrics": results.dump_metrics(self.module),
             "attributes": self._attributes.dump(),
-            "tensors": carry.unlisted(self.module),
+            "tensors": carry.unlisted(self.module, tree["state_dict"]),
+            "batch_size": self._plan.batch_size,
+            "first_rates": self._first_rates,
             "gradients": carry.gradients(self.module) if self._kept.accumulating else {},
         }
         return tree
@@ -58,15 +60,20 @@ class LightningTrial(Trainable):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         tree = dict(state)
         extras = tree.pop(EXTRAS)
-        self._kept.call_module("on_load_checkpoint", tree)
-        carry.load_weights(self.module, tree["state_dict"])
-        adopt(carry.unlisted(self.module), extras["tensors"])
+        self._kept.begin()
+        weights = dict(tree["state_dict"])
+        carry.take_up(self.module, weights, extras["tensors"])
+        put = self._call_load_hook(tree)
+        carry.load_weights(self.module, weights, extras["tensors"], tree["state_dict"])
         carry.load_flags(self.module, extras["flags"])
         carry.load_gradients(self.module, extras["gradients"])
         results.restore_metrics(self.module, extras["metrics"])
-        self._attributes.load(extras["attributes"])
+        carried = extras["attributes"]
+        self._attributes.load({name: put.get(name, {}) | carried.get(name, {}) for name in {*put, *carried}})
         self._kept.restore(tree)
         self._kept.restore_results(extras["results"])
+        self._first_rates = extras["first_rates"]
+        self._check_batch_size(extras["batch_size"])
 
     def change_config(self, old: Config, new: Config) -> None:  # noqa: D102
         if hasattr(self.module, "on_config_change"):
@@ -74,12 +81,13 @@ class LightningTrial(Trainable):
             return
         changed = {key for key in {*old, *new} if old.get(key) != new.get(key)}
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        read = change_optimizers(self.trainer.optimizers, schedulers, old, new)
+        read = self._change_optimizers(schedulers, old, new)
         for key in changed & self.module.hparams.keys():
             if self.module.hparams[key] == old.get(key):
                 self.module.hparams[key] = new.get(key)
             read.add(key)
-        unread = {key for key in changed - read if not self._recipe.reads(key, new)}
+        executors = {"batch_size", "epochs"}  # in the plan
+        unread = {key for key in changed - read - executors if not self._recipe.reads(key, new)}
         if unread:
             raise ConfigurationError(
                 f"The config changes {', '.join(sorted(unread))}, which neither {type(self.module).__name__} nor its "
@@ -89,6 +97,45 @@ class LightningTrial(Trainable):
     def close(self) -> None:  # noqa: D102
         if hasattr(self, "_kept"):
             self._kept.close()
+
+    def _change_optimizers(self, schedulers: list[Any], old: Config, new: Config) -> set[str]:
+        optimizers = self.trainer.optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        grown = len(groups) != sum(map(len, self._fresh))  # a callback has unfrozen parameters since the build
+        lent = [group for group in groups if "initial_lr" not in group]
+        for group, rate in zip(groups, self._first_rates, strict=False):
+            group.setdefault("initial_lr", rate)
+        read = change_optimizers(optimizers, schedulers, old, new, None if grown else self._fresh)
+        self._first_rates = [group.get("initial_lr") for group in groups]
+        for group in lent:
+            group.pop("initial_lr", None)
+        return read
+
+    def _note_fresh_groups(self) -> None:
+        """Note what the build gave the optimizer, and leave its groups as a plain fit has them."""
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        lent = [group for group in groups if "initial_lr" not in group]
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        self._fresh = note_groups(self.trainer.optimizers, schedulers)
+        self._first_rates = [group.get("initial_lr") for group in groups]
+        for group in lent:
+            group.pop("initial_lr", None)
+
+    def _call_load_hook(self, tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Call `on_load_checkpoint` on a fresh build's attributes, as Lightning does; return what it put into them."""
+        if not self._kept.overrides("on_load_checkpoint"):
+            return {}
+        self._attributes.load({})
+        self._kept.call_module("on_load_checkpoint", tree)
+        return self._attributes.dump()
+
+    def _check_batch_size(self, trained_with: int) -> None:
+        """Refuse to go on in mid-epoch with batches of another size: how many are left is not a whole number then."""
+        if trained_with != self._plan.batch_size and self._kept.in_mid_epoch:
+            raise ConfigurationError(
+                f"batch_size is changed from {trained_with} to {self._plan.batch_size} in mid-epoch; "
+                "it can change at an epoch's end only: clone the trial after an epoch's last unit."
+            )
 
     def _add_hyper_parameters(self, tree: dict[str, Any]) -> None:
         """Give the checkpoint hyper-parameters; the config stands in where the module's class saves none."""
