@@ -104,8 +104,8 @@ class Cerebro:
         self.epochs, self.batch_size = at_least(1, epochs=epochs), at_least(1, batch_size=batch_size)
         self.devices = devices_of(workers, devices, at_least(1, workers_per_device=workers_per_device))
         self.backend = backend
-        self.placement = "shared" if placement == "auto" else placement
         one_of(placement=placement, valid=("auto", "shared", "pinned"))
+        self.placement = "shared" if placement == "auto" else placement
         if self.placement == "pinned" and len(self.devices) > self.train.num_shards:
             raise ConfigurationError(
                 f"{self.train.num_shards} shards cannot be pinned to {len(self.devices)} workers: each needs one. "
@@ -126,7 +126,7 @@ class Cerebro:
         self._threads = max(1, len(cores()) // len(self.devices))
         self._workers: Workers | None = None
         self._current: Run | None = None
-        self._counter = _Counter()
+        self._grower = _Grower()
 
     def units(self, epochs: float) -> int:
         """Epochs in units: what a tuner calls `max_t` or `grace_period` when every unit is reported."""
@@ -157,8 +157,8 @@ class Cerebro:
         if self._progress is not False:
             # Workers of the inline backend take turns: that they idle is no news.
             hint = results.shares.hint if self.backend != "inline" else None
-            print(("Interrupted; the results so far. " if results.interrupted else "") + str(results.shares), end="")
-            print(f" ({hint})" if hint else "")
+            begin = "Interrupted; the results so far. " if results.interrupted else ""
+            print(f"{begin}{results.shares}" + (f" ({hint})" if hint else ""))
         return results
 
     def run(self, trainable: Any, tuner: Tuner, *, metric: str | None = None, mode: str = "min") -> Run:
@@ -176,7 +176,7 @@ class Cerebro:
         settings = self._settings(recipe, metric, mode)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
         run = Run(self._workers, store, recipe, settings, tuner, make_progress(self._progress))
-        self._current = self._counter.run = run
+        self._current = self._grower.run = run
         return run
 
     def drive(self, run: Run) -> Results:
@@ -186,7 +186,7 @@ class Cerebro:
         except BaseException:
             self._end(run)
             raise
-        self._current = self._counter.run = None
+        self._current = self._grower.run = None
         return results
 
     def start(self) -> None:
@@ -194,7 +194,7 @@ class Cerebro:
         if self._workers is None:
             self._workers = make_workers(self.backend, self.devices, self._threads)
             self._started_s = time()
-            self._workers.start(self._counter.grow)
+            self._workers.start(self._grower.grow)
             # Not a bound method of this object: an executor that nobody has any more ends its workers.
             self._end_workers = weakref.finalize(self, self._workers.close)
 
@@ -216,7 +216,7 @@ class Cerebro:
     def _end(self, run: Run) -> None:
         """Give a run up."""
         run.close()
-        self._current = self._counter.run = None
+        self._current = self._grower.run = None
         if not run.units:
             with suppress(OSError):  # it has something in it after all
                 run.settings.run_dir.rmdir()
@@ -261,8 +261,8 @@ class Cerebro:
         return min(everything, at_least(1, validation_rows=wanted))
 
 
-class _Counter:
-    """Where workers ask for buffers: it serves them from the run in progress."""
+class _Grower:
+    """Answers workers that need a buffer, from the run in progress; it outlives runs, and keeps no executor alive."""
 
     run: Run | None = None
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cerebro_tune.adopt import adopt as adopt  # noqa: PLC0414  # offered here too
 from cerebro_tune.adopt import adopt_optimizer, load_model, refuse_outsiders, unlisted
 from cerebro_tune.attributes import Attributes, modules_of
 from cerebro_tune.errors import ConfigurationError, NotTrainableError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cerebro_tune.torch_trainable import adopt
+from cerebro_tune.adopt import adopt
 
 
 def take_up(module: nn.Module, weights: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
