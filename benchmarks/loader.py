@@ -1,26 +1,36 @@
-"""Batches per second from a mapped shard, beside index_select on tensors in memory and beside a DataLoader."""
+"""Batches from a mapped shard beside index_select and a DataLoader; units of an indexed Dataset beside a DataLoader."""
 
 from __future__ import annotations
 
+import io
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from _report import Report
 from cerebro_tune.data import BatchForm, ShardedDataset, batch_sizes, shard_order
+from cerebro_tune.feed import Feed, RunData
+from cerebro_tune.loading import loading
 
 ROWS = 24_000
 ROUNDS = 15
 BAR = 0.8
+
+UNITS, UNIT_ROWS, UNIT_BATCH = 4, 35 * 32, 32
+EPOCHS = 5
+UNIT_BAR = 0.9
 
 Batches = Callable[[], Iterable[object]]
 
@@ -36,6 +46,8 @@ def main() -> int:
             shards = ShardedDataset.write(table, Path(folder, name), num_shards=1)
             for batch_size in (32, 128):
                 measure(report, shards, batch_size, f"{name}, batch {batch_size}")
+    for num_workers in (1, 2):
+        measure_units(report, num_workers)
     return report.finish()
 
 
@@ -75,6 +87,78 @@ def from_memory(
     """The loop that one would write by hand."""
     for rows in torch.from_numpy(order).split(sizes):
         yield torch.index_select(images, 0, rows), torch.index_select(labels, 0, rows)
+
+
+class Pictures(Dataset[Any]):
+    """PNG files in memory, decoded, cropped and flipped at random in each epoch."""
+
+    def __init__(self, rows: int, side: int = 108, crop: int = 96) -> None:
+        rng = np.random.default_rng(0)
+        self.crop = crop
+        self.files = [png(rng.integers(0, 256, (8, 8, 3)).astype("uint8"), side) for _ in range(200)]
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        with Image.open(io.BytesIO(self.files[row % len(self.files)])) as image:
+            pixels = torch.from_numpy(np.array(image))
+        top, left, flip = torch.randint(0, len(pixels) - self.crop + 1, (3,)).tolist()
+        cut = pixels[top : top + self.crop, left : left + self.crop].permute(2, 0, 1).float() / 255
+        return cut.flip(2) if flip % 2 else cut, row % 10
+
+
+def png(pixels: npt.NDArray[np.uint8], side: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((side, side)).save(file, "png")
+    return file.getvalue()
+
+
+def measure_units(report: Report, num_workers: int) -> None:
+    """Time units through kept processes beside stretches of as many batches of one DataLoader's epoch, in turn."""
+    source = Pictures(UNITS * UNIT_ROWS)
+    row_ms = 1000 * seconds(source[row] for row in range(500)) / 500
+    name = f"images at {row_ms:.1f} ms, {num_workers} loader process" + "es" * (num_workers > 1)
+    data = ShardedDataset.index(source, UNITS)
+    feed = Feed(RunData(data, loading({"num_workers": num_workers}, data)), 0, "cpu")
+    feed.start()
+    taken: dict[str, list[float]] = {"kept": [], "plain": [], "fresh": []}
+    for epoch in range(EPOCHS):
+        taken["kept"] += [seconds(unit(feed, epoch, shard)) for shard in range(UNITS)]
+        loader = DataLoader(source, UNIT_BATCH, shuffle=True, num_workers=num_workers)
+        whole = iter(loader)
+        next(whole)  # its processes are up
+        taken["plain"] += [
+            seconds(islice(whole, UNIT_ROWS // UNIT_BATCH - (shard == UNITS - 1))) for shard in range(UNITS)
+        ]
+        feed.close()
+        taken["fresh"].append(seconds(unit(feed, epoch, 0)))
+    feed.close()
+    kept, plain = (
+        [sum(taken[way][start : start + UNITS]) for start in range(0, EPOCHS * UNITS, UNITS)]
+        for way in ("kept", "plain")
+    )
+    batches = UNITS * UNIT_ROWS // UNIT_BATCH
+    scaled = [seconds_ * batches / (batches - 1) for seconds_ in plain]  # the first batch was not timed
+    report.add(f"{name}: units per second", UNITS / statistics.median(kept), unit="/s")
+    ratio = statistics.median(b / a for a, b in zip(kept, scaled, strict=True))
+    report.add(f"{name}: speed beside a DataLoader kept for the epoch", ratio, UNIT_BAR, at_most=False)
+    report.add(
+        f"{name}: the same with fresh processes per unit",
+        statistics.median(scaled) / UNITS / statistics.median(taken["fresh"]),
+    )
+
+
+def unit(feed: Feed, epoch: int, shard: int) -> Iterable[object]:
+    return feed.train(epoch, shard, UNIT_BATCH, lambda: None)
+
+
+def seconds(batches: Iterable[object]) -> float:
+    started = time.perf_counter()
+    for _ in batches:
+        pass
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro as Cerebro
     from cerebro_tune.results import Results as Results
     from cerebro_tune.results import TrialResult as TrialResult
-    from cerebro_tune.seeding import VisitLoader as VisitLoader
     from cerebro_tune.torch_trainable import TorchTrainable as TorchTrainable
     from cerebro_tune.trainable import Plan as Plan
     from cerebro_tune.units import Decision as Decision
+    from cerebro_tune.verify import verify_hop as verify_hop
+    from cerebro_tune.visits import VisitLoader as VisitLoader
 
 _HOMES = {
     "Cerebro": "executor",
@@ -25,7 +26,8 @@ _HOMES = {
     "ShardedDataset": "data",
     "TorchTrainable": "torch_trainable",
     "TrialResult": "results",
-    "VisitLoader": "seeding",
+    "VisitLoader": "visits",
+    "verify_hop": "verify",
 }
 __all__ = list(_HOMES)  # each is imported when it is first used: torch takes seconds
 

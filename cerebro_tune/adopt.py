@@ -7,7 +7,7 @@ buffer it was in, and that buffer may belong to another trial by now.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -44,51 +44,103 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
 
 
-def unlisted(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that `state_dict` leaves out or copies, such as non-persistent buffers."""
-    listed = {id(value) for value in model.state_dict(keep_vars=True).values()}
-    return {name: tensor for name, tensor in own_tensors(model).items() if id(tensor) not in listed}
+def unlisted(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Parameters and buffers that are not themselves in `saved`, a state dict: not persistent, copied, or taken out."""
+    held = {_place(value) for value in saved.values() if isinstance(value, Tensor)}
+    own = own_tensors(model).items()
+    return {name: tensor for name, tensor in own if not tensor.numel() or _place(tensor) not in held}
 
 
-def load_model(model: nn.Module, listed: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
-    """Make parameters and buffers *be* those of `listed`, a `state_dict`, and of `others`, what `unlisted` gave.
+def load_model(
+    model: nn.Module,
+    saved: Mapping[str, Any],
+    others: Mapping[str, Tensor],
+    hook: Callable[[], Mapping[str, Any]] | None = None,
+    strict: bool = True,
+) -> None:
+    """Make parameters and buffers *be* those of `saved`, a state dict, and of `others`, what `unlisted` gave.
 
-    Then what is left of `listed`, such as extra states and copies, is loaded by `load_state_dict`.
+    Then what is left of `saved`, such as extra states and copies, is loaded by `load_state_dict`.
+
+    Args:
+        model: What the state is for.
+        saved: The state dict as it was saved.
+        others: What `saved` lacks.
+        hook: Code of the user's that may write into the model; it runs when no tensor of the model is in the buffer of
+            an earlier unit any more. It returns the state dict to load, and what it has put into that is loaded.
+        strict: Whether a name that the model lacks is an error (StateError) or left out.
     """
+    _part(model, saved)
+    mended = saved
+    if hook is not None:
+        _move_in(model, saved, others)
+        mended = hook()
+    targets, values = _matched(model, saved, others)
+    missing = object()
+    put = {name for name, value in mended.items() if value is not saved.get(name, missing)}
+    targets = {name: target for name, target in targets.items() if name not in put or name in values}
     present = model.state_dict(keep_vars=True)
-    own = own_tensors(model)
-    known = {id(tensor) for tensor in own.values()}
-    missing = {name: tensor for name, tensor in own.items() if name in others}
-    rest: OrderedDict[str, Any] = OrderedDict()
-    targets, values = dict(missing), dict(others)
-    for name, value in listed.items():
-        if name in present and id(present[name]) not in known:
-            rest[name] = value
-        else:
-            values[name] = value
-    targets |= {name: tensor for name, tensor in present.items() if id(tensor) in known}
-    _part(model, own, targets, values)
-    adopt(targets, values)
+    unknown = {name: value for name, value in mended.items() if name not in present}
+    adopt(targets, values | unknown if strict else values)
+    rest = OrderedDict((name, value) for name, value in mended.items() if name in put or name not in values)
     if rest:
         if hasattr(present, "_metadata"):
             rest._metadata = present._metadata  # type: ignore[attr-defined]  # torch's own place for versions
         model.load_state_dict(rest, strict=False)
 
 
-def _part(
-    model: nn.Module, own: Mapping[str, Tensor], targets: dict[str, Tensor], values: Mapping[str, Tensor]
-) -> None:
-    """Give a tensor of its own to each buffer that is one with another in the model, but not in the state."""
-    first: dict[int, str] = {}
-    for name, target in list(targets.items()):
-        other = first.setdefault(id(target), name)
-        if other == name or name not in values or other not in values or isinstance(target, nn.Parameter):
-            continue
-        one, two = values[name], values[other]
-        if own.get(name) is target and one.numel() and (one.data_ptr(), one.stride()) != (two.data_ptr(), two.stride()):
-            path, _, attribute = name.rpartition(".")
-            targets[name] = target.detach().clone()
-            setattr(model.get_submodule(path), attribute, targets[name])
+def _move_in(model: nn.Module, saved: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
+    """Move the model's tensors into the given ones, or into memory of their own where these do not fit."""
+    targets, values = _matched(model, saved, others)
+    for name, target in targets.items():
+        value = values.get(name)
+        if value is not None and target.shape == value.shape:
+            adopt({name: target}, {name: value})
+        else:
+            target.data = torch.zeros_like(target)  # a hook may give it another shape yet
+
+
+def _matched(
+    model: nn.Module, saved: Mapping[str, Any], others: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's own tensors, and what of the saved ones they are to become, by name."""
+    own = own_tensors(model)
+    ids = {id(tensor) for tensor in own.values()}
+    listed = {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in ids}
+    found = {name: value for name, value in saved.items() if name in listed and name not in others}
+    covered = {id(listed[name]) for name in found}
+    targets = {name: listed[name] for name in found}
+    targets |= {name: tensor for name, tensor in own.items() if id(tensor) not in covered}
+    return targets, found | dict(others)
+
+
+def _part(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Make two buffers of what a fresh build registers under two names, where training has put another in one place."""
+    places: dict[int, Any] = {}
+    for prefix, part in model.named_modules():
+        for leaf, buffer in part._buffers.items():
+            value = saved.get(f"{prefix}.{leaf}" if prefix else leaf)
+            if buffer is None or not isinstance(value, Tensor) or not value.numel():
+                continue
+            if places.setdefault(id(buffer), _place(value)) != _place(value):
+                part._buffers[leaf] = torch.zeros_like(buffer)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.layout is not torch.strided:
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that there are, by parameter."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def load_gradients(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Make these the model's gradients, and its only ones."""
+    for name, parameter in model.named_parameters():
+        parameter.grad = values[name].to(parameter.device) if name in values else None
 
 
 def refuse_outsiders(owner: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -12,51 +12,9 @@ from typing import Any
 
 import psutil
 
-from cerebro_tune.data import BatchForm, ShardedDataset
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.settings import whole_number
 from cerebro_tune.trainable import Config
-
-_LOADER_KEYS = ("columns", "as_dict", "transform", "collate_fn", "last_batch")
-
-
-def dataset(name: str, given: Any) -> ShardedDataset:
-    """The data set that a user gave, or gave the path of."""
-    if isinstance(given, ShardedDataset):
-        return given
-    if isinstance(given, str | os.PathLike):
-        return ShardedDataset.open(given)
-    raise ConfigurationError(
-        f"{name} is a {type(given).__name__}; valid: a ShardedDataset, or the path of one. "
-        "Write one with ShardedDataset.write(source, path, num_shards=8)."
-    )
-
-
-def batch_form(loader: Mapping[str, Any], train: ShardedDataset) -> tuple[BatchForm, str]:
-    """The form of batches, and what becomes of the last one."""
-    unknown = sorted(loader.keys() - set(_LOADER_KEYS))
-    if unknown:
-        raise ConfigurationError(f"loader has {', '.join(unknown)}; valid: {', '.join(_LOADER_KEYS)}.")
-    options = dict(loader)
-    last_batch = one_of(last_batch=options.pop("last_batch", "spread"), valid=("spread", "keep", "drop"))
-    if isinstance(options.get("columns"), str):
-        raise ConfigurationError(f"loader's columns is {options['columns']!r}; it must be a list of names.")
-    options["columns"] = tuple(options.get("columns") or train.columns)
-    return BatchForm(**options), last_batch
-
-
-def check_alike(train: ShardedDataset, validation: ShardedDataset, form: BatchForm) -> None:
-    """The validation set must have the columns of a batch, in the types of the training set."""
-    for name in form.names(train.columns):
-        wanted = train.schema.field(name).type
-        found = validation.schema.field(name).type if name in validation.schema.names else None
-        if found != wanted:
-            has = "does not have it" if found is None else f"has it as {found}"
-            raise ConfigurationError(
-                f"A batch has the column {name!r}, in the training set of type {wanted}, but the validation set {has}. "
-                "Write both from tables of one schema, or choose columns that both have: loader={'columns': [...]}."
-            )
-    form.validate(validation.schema)
 
 
 def listed(configs: Iterable[Config]) -> list[Config]:
@@ -68,6 +26,13 @@ def listed(configs: Iterable[Config]) -> list[Config]:
                 f"configs has {config!r}; it must be a list of dicts, one for each trial, such as [{{'lr': 0.1}}]."
             )
     return given
+
+
+def check_rows(wanted: int | str) -> int | str:
+    """What `validation_rows` may be."""
+    if isinstance(wanted, str) and wanted not in ("auto", "all"):
+        raise ConfigurationError(f'validation_rows is {wanted!r}; valid: "auto", "all" or a number of rows.')
+    return wanted if isinstance(wanted, str) else at_least(1, validation_rows=wanted)
 
 
 def edited_since(moment_s: float) -> bool:

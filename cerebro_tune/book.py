@@ -118,7 +118,7 @@ class TrialBook:
     def competes(self, epoch_done: bool) -> bool:
         """Whether a report made here may be a trial's best."""
         spec = self._settings.spec
-        return epoch_done or (spec.validation is None and spec.report_every == "unit")
+        return epoch_done or (spec.validation_rows is None and spec.report_every == "unit")
 
     def path(self, page: TrialPage, name: str) -> Path:
         """Where a checkpoint of the trial lies: name is `best` or `last`."""

@@ -85,9 +85,11 @@ class Mapped:
 
 
 def _map(fd: int, nbytes: int, populate: bool) -> mmap.mmap:
-    if hasattr(mmap, "MAP_POPULATE"):
-        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0))
-    return mmap.mmap(fd, nbytes)
+    if not hasattr(mmap, "MAP_POPULATE"):
+        return mmap.mmap(fd, nbytes)
+    mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0))
+    mapping.madvise(mmap.MADV_DONTFORK)  # a loader process would keep the memory of buffers that are long freed
+    return mapping
 
 
 def copy(source: Mapped, target: Mapped, used: int) -> None:

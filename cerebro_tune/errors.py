@@ -39,6 +39,14 @@ class DamagedShardError(DataError):
     """A shard's bytes are not those that were written."""
 
 
+class RowError(DataError):
+    """A row of the user's Dataset cannot be read, or rows cannot be put together into a batch."""
+
+
+class LoaderError(DataError):
+    """A loader process died."""
+
+
 class StateError(CerebroError):
     """A trial's state cannot be carried, stored or read."""
 
@@ -53,6 +61,10 @@ class DamagedStateError(StateError):
 
 class StateMemoryError(StateError, MemoryError):
     """There is no memory left for the states of the live trials."""
+
+
+class TrialFailedError(CerebroError, RuntimeError):
+    """A trial that somebody waited for has failed; the message has its traceback."""
 
 
 class WorkerError(CerebroError):

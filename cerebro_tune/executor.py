@@ -15,10 +15,8 @@ from typing import Any
 
 from cerebro_tune.arguments import (
     at_least,
-    batch_form,
-    check_alike,
+    check_rows,
     cores,
-    dataset,
     devices_of,
     edited_since,
     listed,
@@ -26,15 +24,20 @@ from cerebro_tune.arguments import (
     one_of,
 )
 from cerebro_tune.budget import state_budget
-from cerebro_tune.data import ShardedDataset
+from cerebro_tune.data.base import RowSet
+from cerebro_tune.data.index import IndexedDataset
 from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.feed import Feed
+from cerebro_tune.given import GivenData, take
+from cerebro_tune.loading import check_keys
 from cerebro_tune.policy import Policy
 from cerebro_tune.progress import make_progress
 from cerebro_tune.results import Results, TrialResult
 from cerebro_tune.run import Run
 from cerebro_tune.settings import Report, RunSettings, Tuner
+from cerebro_tune.sharedrun import Caller, SharedRun
 from cerebro_tune.store import BufferRef, StateStore
-from cerebro_tune.trainable import Config, Recipe, as_recipe
+from cerebro_tune.trainable import Config, Plan, Recipe, as_recipe
 from cerebro_tune.units import Decision
 from cerebro_tune.workers.base import Workers, make_workers, ship
 from cerebro_tune.workers.messages import RunSpec
@@ -44,12 +47,21 @@ class Cerebro:
     """Trains many trials side by side on few workers by model hopper parallelism.
 
     Args:
-        train: The training set: a `ShardedDataset` or the path of one.
+        train: The training set: a `ShardedDataset` or the path of one, what `ShardedDataset.index` made, a map-style
+            torch Dataset, or a DataLoader of one.
         validation: The validation set, likewise; without one no metrics of validation are reported.
+        datamodule: Instead of both: a LightningDataModule, whose loaders tell what to read and how. `prepare_data` is
+            called here, once, and `setup("fit")` here and in every worker.
+        num_shards: Of a training set that is not sharded yet; None for 8, or for one per worker if those are more.
         epochs: Passes over the training set. A config's own `epochs` wins, unless the model itself takes that key.
-        batch_size: Rows per batch. A config's own `batch_size` wins, unless the model itself takes that key.
-        loader: How batches are made: `columns`, `as_dict`, `transform`, `collate_fn`, and
-            `last_batch` ("spread": near-equal batches; "keep": a short last one; "drop").
+        batch_size: Rows per batch; None for the given loader's, or 32. A config's own `batch_size` wins, unless the
+            model itself takes that key.
+        loader: How batches are made; each setting wins over a given loader's. As torch's DataLoader has them:
+            `num_workers`, `pin_memory`, `prefetch_factor`, `timeout`, `worker_init_fn`, `collate_fn`. `weights` (one
+            per row, or the name of a column or attribute) draws rows of a shard in proportion, with `replacement`
+            unless that is False. `batch_sampler` is called as torch's BatchSampler, (rows, batch_size, drop_last), for
+            each shard. `last_batch`: "spread" (near-equal batches), "keep" (a short last one) or "drop". `transform` is
+            called with each batch. `on_row_error`: "raise" or "skip". Of tables: `columns`, `as_dict`.
         workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU.
         devices: "auto", or torch devices: "cpu", "cuda", ["cuda:0", "cuda:1"].
         backend: "local" (a process per worker) or "inline" (this process: for debugging).
@@ -72,11 +84,13 @@ class Cerebro:
 
     def __init__(
         self,
-        train: str | os.PathLike[str] | ShardedDataset,
-        validation: str | os.PathLike[str] | ShardedDataset | None = None,
+        train: Any = None,
+        validation: Any = None,
         *,
+        datamodule: Any = None,
+        num_shards: int | None = None,
         epochs: int = 1,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         loader: Mapping[str, Any] | None = None,
         workers: int | None = None,
         devices: str | Sequence[str] = "auto",
@@ -95,38 +109,124 @@ class Cerebro:
         progress: bool | None = None,
         trace: bool = False,
     ) -> None:
-        self.train = dataset("train", train)
-        self.validation = None if validation is None else dataset("validation", validation)
-        self.form, self.last_batch = batch_form(loader or {}, self.train)
-        self.form.validate(self.train.schema)
-        if self.validation is not None:
-            check_alike(self.train, self.validation, self.form)
-        self.epochs, self.batch_size = at_least(1, epochs=epochs), at_least(1, batch_size=batch_size)
         self.devices = devices_of(workers, devices, at_least(1, workers_per_device=workers_per_device))
         self.backend = backend
+        self.seed, self.trace = at_least(0, seed=seed), trace
+        self._num_shards = None if num_shards is None else at_least(1, num_shards=num_shards)
+        self._loader = check_keys(loader or {})
+        self.epochs = at_least(1, epochs=epochs)
+        self._batch_size = None if batch_size is None else at_least(1, batch_size=batch_size)
         one_of(placement=placement, valid=("auto", "shared", "pinned"))
         self.placement = "shared" if placement == "auto" else placement
-        if self.placement == "pinned" and len(self.devices) > self.train.num_shards:
-            raise ConfigurationError(
-                f"{self.train.num_shards} shards cannot be pinned to {len(self.devices)} workers: each needs one. "
-                f"Write the set with num_shards >= {len(self.devices)}, or use placement='shared'."
-            )
         self.live_trials = 2 * len(self.devices) if live_trials is None else at_least(1, live_trials=live_trials)
         self.policy = (
             policy if not isinstance(policy, str) else one_of(policy=policy, valid=("auto", "random", "fixed"))
         )
         self.report_every = one_of(report_every=report_every, valid=("unit", "epoch"))
-        self.validation_rows = self._subset_rows(validation_rows)
+        self._validation_rows = check_rows(validation_rows)
         self.keep = one_of(keep=keep, valid=("best", "last", "none"))
         self.state_memory_bytes = state_budget(state_memory)
         self.max_failures = at_least(0, max_failures=max_failures)
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.seed, self.trace = at_least(0, seed=seed), trace
         self._progress = progress
         self._threads = max(1, len(cores()) // len(self.devices))
         self._workers: Workers | None = None
         self._current: Run | None = None
         self._grower = _Grower()
+        self._shared = SharedRun()
+        self._taking = threading.Lock()
+        self._data: GivenData | None = None
+        if not train is validation is datamodule is None:
+            self.use_data(train, validation, datamodule)
+
+    def use_data(self, train: Any = None, validation: Any = None, datamodule: Any = None) -> int:
+        """Give an executor that was made without data its data; one that has some takes no other.
+
+        Returns the rows per batch that the loaders given ask for, unless the executor's own arguments do.
+        """
+        with self._taking:  # fits in several threads bring the same data
+            if self._data is None or not self._data.is_of(datamodule):
+                found = take(
+                    train, validation, datamodule, self._num_shards, len(self.devices), self.seed, self._loader
+                )
+                self._check_data(found)
+                if self._data is not None:
+                    found.close()
+                    return self._batch_size or found.batch_size
+                self._data = found
+            return self.batch_size
+
+    def _check_data(self, found: GivenData) -> None:
+        if self._data is not None and self._data.fingerprint != found.fingerprint:
+            raise ConfigurationError(
+                f"This executor's data is {self.train!r}, and now it is given other data, {found.train.data!r}: "
+                "shards stay with their workers. Make another executor for it."
+            )
+        before, now = (self._data or found).module_name, found.module_name
+        if before != now:
+            raise ConfigurationError(
+                f"This executor's data comes from {before or 'loaders'}, and now it is given {now or 'loaders'}, which "
+                "may make other batches of the same rows. Make another executor for it."
+            )
+        shards = found.train.data.num_shards
+        if self.placement == "pinned" and len(self.devices) > shards:
+            raise ConfigurationError(
+                f"{shards} shards cannot be pinned to {len(self.devices)} workers: each needs one. "
+                f"Make the set with num_shards >= {len(self.devices)}, or use placement='shared'."
+            )
+
+    def plan(self, epochs: int, batch_size: int) -> Plan:
+        """The horizon of a trial as this process sees it: for a model that is built here."""
+        rows = tuple(self.train.rows(shard) for shard in range(self.train.num_shards))
+        batches = Feed(self._given.for_run({}), self.seed, "cpu").batch_counts(batch_size)
+        module = self._given.module
+        return Plan(
+            epochs, batch_size, rows, shard_batches=batches, datamodule=None if module is None else module.module
+        )
+
+    @property
+    def current(self) -> Run | None:
+        """The run that is on, of which trials can be paused, resumed, stopped and decided; None between runs."""
+        return self._current
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the data is known: given to the executor, or to a fit."""
+        return self._data is not None
+
+    @property
+    def train(self) -> RowSet:
+        """The training set."""
+        return self._given.train.data
+
+    @property
+    def validation(self) -> RowSet | None:
+        """The validation set."""
+        return None if self._given.validation is None else self._given.validation.data
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per batch, where neither trainable nor config say otherwise."""
+        return self._batch_size or self._given.batch_size
+
+    @property
+    def validation_rows(self) -> int | None:
+        """Rows measured after a unit in mid-epoch; None where there is no validation set."""
+        if self.validation is None:
+            return None
+        everything = self.validation.num_rows
+        if self._validation_rows == "auto":
+            return min(everything, max(256, self.train.rows(0) // 8))
+        return everything if isinstance(self._validation_rows, str) else min(everything, self._validation_rows)
+
+    @property
+    def _given(self) -> GivenData:
+        if self._data is None:
+            raise ConfigurationError(
+                "There is nothing to train on: give Cerebro train (the path of a set, a ShardedDataset, a Dataset or a "
+                "DataLoader) or datamodule."
+            )
+        return self._data
 
     def units(self, epochs: float) -> int:
         """Epochs in units: what a tuner calls `max_t` or `grace_period` when every unit is reported."""
@@ -161,6 +261,25 @@ class Cerebro:
             print(f"{begin}{results.shares}" + (f" ({hint})" if hint else ""))
         return results
 
+    def train_one(
+        self,
+        trainable: Any,
+        config: Config | None = None,
+        *,
+        caller: Caller | None = None,
+        metric: str | None = None,
+        mode: str = "min",
+    ) -> TrialResult:
+        """Train one trial to its end, from any thread, next to those that other threads train by this method.
+
+        The first call begins a run, calls that come while it lasts join it, the last to leave ends it. `caller`
+        says who answers the trial's reports; None lets it go on to its end.
+        """
+        recipe = as_recipe(trainable)
+        return self._shared.train(
+            self, recipe, dict(config or {}), caller or Caller(_TrainAll().on_report), metric, mode
+        )
+
     def run(self, trainable: Any, tuner: Tuner, *, metric: str | None = None, mode: str = "min") -> Run:
         """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it."""
         if self._current is not None:
@@ -169,6 +288,8 @@ class Cerebro:
         if metric is not None and not isinstance(metric, str):
             raise ConfigurationError(f"metric is {metric!r}; it must be the name of one metric.")
         recipe = as_recipe(trainable)
+        if recipe.datamodule is not None:
+            self.use_data(datamodule=recipe.datamodule)
         if self._workers is not None and edited_since(self._started_s):
             self.close()
         self.start()
@@ -203,6 +324,8 @@ class Cerebro:
         if self._workers is not None:
             self._workers = None
             self._end_workers()
+        if self._data is not None:
+            self._data.close()
 
     def __enter__(self) -> Cerebro:
         self.start()
@@ -218,21 +341,22 @@ class Cerebro:
         run.close()
         self._current = self._grower.run = None
         if not run.units:
+            (run.settings.run_dir / DATA_FILE).unlink(missing_ok=True)
             with suppress(OSError):  # it has something in it after all
                 run.settings.run_dir.rmdir()
 
     def _settings(self, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
         spec = RunSpec(
             recipe=ship(recipe, f"{recipe.name}"),
-            form=ship(self.form, "The loader's transform or collate_fn"),
-            train=str(self.train.path.absolute()),
-            validation=None if self.validation is None else str(self.validation.path.absolute()),
+            data=ship(self._given.for_run(recipe.loader), "The data set, or the loader's transform or collate_fn,"),
             validation_rows=self.validation_rows,
             report_every=self.report_every,
-            last_batch=self.last_batch,
             seed=self.seed,
             shard_rows=tuple(self.train.rows(shard) for shard in range(self.train.num_shards)),
         )
+        folder = new_folder(self.run_dir, recipe.name)
+        if isinstance(self.train, IndexedDataset):
+            self.train.manifest.write(folder / DATA_FILE)
         return RunSettings(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -245,20 +369,12 @@ class Cerebro:
             mode=mode,
             trace=self.trace,
             spec=spec,
-            run_dir=new_folder(self.run_dir, recipe.name),
+            run_dir=folder,
         )
 
-    def _subset_rows(self, wanted: int | str) -> int | None:
-        if self.validation is None:
-            return None
-        everything = self.validation.num_rows
-        if wanted == "auto":
-            return min(everything, max(256, self.train.rows(0) // 8))
-        if wanted == "all":
-            return everything
-        if isinstance(wanted, str):
-            raise ConfigurationError(f'validation_rows is {wanted!r}; valid: "auto", "all" or a number of rows.')
-        return min(everything, at_least(1, validation_rows=wanted))
+
+DATA_FILE = "data.json"
+"""In a run's folder: what its index was made from, which must still be so when the run is taken up again."""
 
 
 class _Grower:

@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
+from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
+from cerebro_tune.buffers import Mapped, copy
 from cerebro_tune.commands import CommandQueue
 from cerebro_tune.crew import Crew
 from cerebro_tune.errors import ConfigurationError, StateMemoryError
@@ -121,6 +124,10 @@ class Run:
     def status(self, trial_id: str) -> str:
         """The trial's status now."""
         return self._commands.ask(lambda: self._hopper.status(trial_id).value)
+
+    def state(self, trial_id: str) -> Any:
+        """A copy of the state that the trial's last unit committed, as a tree; in `Tuner.on_end` at the latest."""
+        return self._commands.ask(lambda: self._state(trial_id))
 
     def interrupt(self) -> None:
         """Give up at once, with the results so far; safe in a signal handler."""
@@ -260,10 +267,15 @@ class Run:
         self._orders.extend(self._hopper.apply(event))
         for trial, finished in list(self._results.items()):
             # Policy "fixed" holds a result back until its turn: not before that is it the state that others start from.
-            if self._hopper.progress(trial)[1] > self._book[trial].units:
+            _, done, total = self._hopper.progress(trial)
+            if done > self._book[trial].units:
                 del self._results[trial]
                 self._store.commit(trial, finished.used, finished.digest)
                 self._book[trial].committed(finished)
+                if finished.logged is not None:
+                    self._recipe.log(trial, self._book[trial].config, finished.logged)
+                if finished.should_stop and done < total:
+                    self._wish(trial, Decision.STOP)  # joined with what the tuner answers to the report, if one is due
                 self._cool_if_paused(trial)
 
     def _cool_if_paused(self, trial: str) -> None:
@@ -351,9 +363,10 @@ class Run:
         self._release(trial)
 
     def _release(self, trial: str) -> None:
+        self._recipe.end_log(trial, self._hopper.status(trial).value)
+        # The tuner before the memory: it may want the state.
+        self._tuner.on_end(self._book.result(self._book[trial], self._hopper.status(trial), cut_short=False))
         self._crew.forget((trial,), self._store.drop(trial))
-        page = self._book[trial]
-        self._tuner.on_end(self._book.result(page, self._hopper.status(trial), cut_short=False))
 
     # Commands, on the loop's thread.
 
@@ -375,6 +388,12 @@ class Run:
             page.trained_under = before if before != page.shipped else None
         self._book.add(page)
         return trial.id
+
+    def _state(self, trial_id: str) -> Any:
+        mapped = self._store.mapped(self._page(trial_id).trial.id)
+        mine = Mapped.private(mapped.nbytes)
+        copy(mapped, mine, mapped.nbytes)
+        return state.read(mine)
 
     def _page(self, trial_id: str) -> TrialPage:
         try:
@@ -417,6 +436,9 @@ class Run:
             return
         self._exporter.close()
         self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})
+        for page in self._book:
+            if not (status := self._hopper.status(page.trial.id)).ended:
+                self._recipe.end_log(page.trial.id, status.value)
         self._book.clear_staged()
         self._store.close()
         if self.settings.trace:

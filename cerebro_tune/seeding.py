@@ -2,7 +2,8 @@
 
 Random state is not carried between workers. A unit is made repeatable by seeding Python, NumPy and torch from what the
 unit *is* (run seed, trial index, epoch, shard): at its start, again when its first batch is fetched, and once more
-before validation. `VisitLoader` gives a plain training loop the same streams, for comparison.
+before validation. A row's random transform is seeded by (run seed, epoch, row), whoever reads it.
+`cerebro_tune.VisitLoader` gives a plain training loop the same streams, for comparison.
 """
 
 from __future__ import annotations
@@ -10,18 +11,13 @@ from __future__ import annotations
 import random
 import struct
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import xxhash
 
-from cerebro_tune.data.order import batch_sizes, shard_order
-
-if TYPE_CHECKING:
-    from cerebro_tune.data import BatchForm, ShardedDataset
-
-_BUILD, _UNIT, _VALIDATION = 0, 1, 2
+_BUILD, _UNIT, _VALIDATION, _DATA, _ROW, _BATCHES = range(6)
 
 
 def _seed(purpose: int, run_seed: int, *identity: int) -> int:
@@ -56,51 +52,45 @@ def seed_validation(run_seed: int, trial_index: int, epoch: int, shard: int) -> 
     seed_generators(_seed(_VALIDATION, run_seed, trial_index, epoch, shard))
 
 
-class VisitLoader:
-    """The batches a trial saw, for a plain loop or `Trainer.fit`: pass `k` over it is epoch `k` of `visits`.
+def seed_data(run_seed: int) -> None:
+    """Seed the generators as they are when a Dataset is made, so that a random split is the same in every worker."""
+    seed_generators(_seed(_DATA, run_seed))
 
-    Args:
-        dataset: The training set of the run.
-        visits: `TrialResult.visits`: tuples that begin with (epoch, shard), in the order they were made.
-        batch_size: Rows per batch, as the trial had it.
-        seed: The seed of the run.
-        trial_index: The trial's number in the run, from 0.
-        last_batch: As in the run's loader.
-        form: What a batch looks like, as in the run's loader.
 
-    Call `cerebro_tune.seeding.seed_build(seed, trial_index)` before the model is built, as the trial's was. Each
-    time the first batch of a shard is fetched, the generators are seeded as in the unit, so that dropout and the
-    like draw the same numbers.
-    """
+def seed_row(run_seed: int, epoch: int, row: int) -> None:
+    """Seed the generators as they are when a row is read."""
+    seed_generators(_seed(_ROW, run_seed, epoch, row))
 
-    def __init__(
-        self,
-        dataset: ShardedDataset,
-        visits: Sequence[Sequence[Any]],
-        *,
-        batch_size: int,
-        seed: int = 0,
-        trial_index: int = 0,
-        last_batch: str = "spread",
-        form: BatchForm | None = None,
-    ) -> None:
-        from cerebro_tune.data import BatchForm
 
-        self.dataset, self.batch_size, self.seed, self.trial_index = dataset, batch_size, seed, trial_index
-        self.last_batch, self.form = last_batch, form or BatchForm()
-        epochs = sorted({int(visit[0]) for visit in visits})
-        self.orders = {epoch: [int(visit[1]) for visit in visits if visit[0] == epoch] for epoch in epochs}
-        self.epoch = 0
+def seed_batches(run_seed: int, epoch: int, shard: int) -> None:
+    """Seed the generators as they are when a batch sampler deals out the rows of a shard."""
+    seed_generators(_seed(_BATCHES, run_seed, epoch, shard))
 
-    def __len__(self) -> int:
-        return sum(len(self._sizes(shard)) for shard in range(self.dataset.num_shards))
 
-    def _sizes(self, shard: int) -> list[int]:
-        return batch_sizes(self.dataset.rows(shard), self.batch_size, self.last_batch)
+@contextmanager
+def kept_streams() -> Iterator[None]:
+    """Put the generators of Python, NumPy and torch (on the CPU) back as they were before."""
+    torch = sys.modules.get("torch")
+    kept = random.getstate(), np.random.get_state(), None if torch is None else torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        if torch is not None:
+            torch.set_rng_state(kept[2])
 
-    def __iter__(self) -> Iterator[Any]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        for shard in self.orders[epoch]:
-            seed_unit(self.seed, self.trial_index, epoch, shard)
-            order = shard_order(self.seed, epoch, shard, self.dataset.rows(shard))
-            yield from self.dataset.shard(shard).batches(order, self._sizes(shard), self.form)
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, as in a loader process: several may give other bits."""
+    torch = sys.modules.get("torch")
+    threads = 1 if torch is None else torch.get_num_threads()
+    if torch is None or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -22,6 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from cerebro_tune.data import BatchForm, ShardedDataset
+from cerebro_tune.feed import RunData
+from cerebro_tune.loading import loading
 from cerebro_tune.store import StateStore
 from cerebro_tune.trainable import Config, Plan, Recipe, Trainable, UnitWork
 from cerebro_tune.units import Unit, WorkerId
@@ -93,12 +95,9 @@ class _Coordinator:
     def setup(self, check: tuple[int, ...] = (0, 1, 2, 3)) -> Setup:
         spec = RunSpec(
             recipe=cloudpickle.dumps(CounterRecipe()),
-            form=cloudpickle.dumps(BatchForm()),
-            train=str(self.data.path),
-            validation=None,
+            data=cloudpickle.dumps(RunData(self.data, loading({}, self.data))),
             validation_rows=None,
             report_every="unit",
-            last_batch="spread",
             seed=0,
             shard_rows=tuple(self.data.rows(shard) for shard in range(4)),
         )

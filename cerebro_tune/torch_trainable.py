@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cerebro_tune.adopt import adopt_optimizer, load_model, refuse_outsiders, unlisted
+from cerebro_tune.adopt import (
+    adopt_optimizer,
+    gradients,
+    load_gradients,
+    load_model,
+    refuse_outsiders,
+    unlisted,
+)
 from cerebro_tune.attributes import Attributes, modules_of
 from cerebro_tune.errors import ConfigurationError, NotTrainableError
 from cerebro_tune.trainable import (
@@ -61,7 +68,8 @@ class TorchTrainable(Trainable):
 
     Class attributes: `precision` (one of 32, 64, bf16-true, bf16-mixed, 16-mixed), `clip_norm` (largest gradient norm,
     or None), `accumulate` (batches per optimizer step), `schedule` ("step" or "epoch": when the scheduler steps) and
-    `monitor` (the metric that a ReduceLROnPlateau watches).
+    `monitor` (the metric that a ReduceLROnPlateau watches), `loader` (settings as in `Cerebro(loader=...)`, which they
+    win over).
 
     What hops: the model's parameters and buffers, optimizer, scheduler, scaler, pending gradients, and plain attributes
     (numbers, text, tensors, containers of these) of the trainable and of the model's own modules. Random numbers do
@@ -74,6 +82,7 @@ class TorchTrainable(Trainable):
     accumulate: ClassVar[int] = 1
     schedule: ClassVar[str] = "epoch"
     monitor: ClassVar[str] = "val_loss"
+    loader: ClassVar[Mapping[str, Any]] = {}
 
     state: TrainingState
 
@@ -103,8 +112,8 @@ class TorchTrainable(Trainable):
         """Train on every batch of a shard; return metrics. Override it for a loop of your own."""
         totals: dict[str, Any] = {}
         rows = 0
-        for batch in batches:
-            size = rows_of(batch)
+        for number, batch in enumerate(batches):
+            size = batches.sizes[number]
             rows += size
             for name, value in self._train_batch(state, batch).items():
                 totals[name] = totals.get(name, 0.0) + value * size
@@ -135,12 +144,11 @@ class TorchTrainable(Trainable):
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         state = self.state
+        weights = state.model.state_dict()
         return {
-            "model": state.model.state_dict(),
-            "buffers": unlisted(state.model),
-            "gradients": {name: p.grad for name, p in state.model.named_parameters() if p.grad is not None}
-            if state.batches_done % self.accumulate
-            else {},
+            "model": weights,
+            "buffers": unlisted(state.model, weights),
+            "gradients": gradients(state.model) if state.batches_done % self.accumulate else {},
             "optimizer": state.optimizer.state_dict(),
             "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
             "scaler": state.scaler.state_dict(),
@@ -151,9 +159,7 @@ class TorchTrainable(Trainable):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         mine = self.state
         load_model(mine.model, state["model"], state["buffers"])
-        for name, parameter in mine.model.named_parameters():
-            gradient = state["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        load_gradients(mine.model, state["gradients"])
         adopt_optimizer(mine.optimizer, state["optimizer"])
         if mine.scheduler is not None:
             mine.scheduler.load_state_dict(state["scheduler"])
@@ -233,7 +239,7 @@ class TorchTrainable(Trainable):
 
     def _train_batch(self, state: TrainingState, batch: Any) -> dict[str, Tensor | float]:
         with torch.autocast(self._device.type, self._autocast) if self._autocast else nullcontext():
-            output = self.training_step(state.model, to_device(batch, self._device))
+            output = self.training_step(state.model, self._transferred(batch))
         metrics = dict(output) if isinstance(output, Mapping) else {"loss": output}
         if not isinstance(metrics.get("loss"), Tensor):
             returned = sorted(metrics) if isinstance(output, Mapping) else type(output).__name__
@@ -246,6 +252,14 @@ class TorchTrainable(Trainable):
         if state.batches_done % self.accumulate == 0 or state.batches_done == state.epoch_ends_at:
             self._step_optimizer(state)
         return {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
+    def _transferred(self, batch: Any) -> Any:
+        """The batch on the device, by the hooks of the DataModule where it comes from one."""
+        module = self.state.plan.datamodule
+        if not hasattr(module, "transfer_batch_to_device"):
+            return to_device(batch, self._device)
+        moved = module.transfer_batch_to_device(module.on_before_batch_transfer(batch, 0), self._device, 0)
+        return module.on_after_batch_transfer(moved, 0)
 
     def _step_optimizer(self, state: TrainingState) -> None:
         if self.clip_norm is not None:
@@ -270,15 +284,15 @@ class TorchTrainable(Trainable):
             )
 
     def _validate(self, batches: Batches) -> Iterator[dict[str, Any]]:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             with torch.autocast(self._device.type, self._autocast) if self._autocast else nullcontext():
-                output = self.validation_step(self.state.model, to_device(batch, self._device))
+                output = self.validation_step(self.state.model, self._transferred(batch))
             if not isinstance(output, Mapping):
                 raise ConfigurationError(
                     f"{type(self).__name__}.validation_step returned a {type(output).__name__}; "
                     'it must return a dict of metrics, such as {"val_loss": loss}.'
                 )
-            yield {"batch_size": rows_of(batch)} | dict(output)
+            yield {"batch_size": batches.sizes[number]} | dict(output)
 
 
 class TorchRecipe(Recipe):
@@ -300,6 +314,7 @@ class TorchRecipe(Recipe):
                 f"{trainable.__name__}.accumulate is {trainable.accumulate}; it must be at least 1."
             )
         self.trainable, self.name, self.accumulate = trainable, trainable.__name__, trainable.accumulate
+        self.loader = trainable.loader
 
     def model_config(self, config: Config) -> dict[str, Any]:  # noqa: D102  # `build` may read all of it
         return dict(config)

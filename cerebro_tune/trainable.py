@@ -17,7 +17,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
-from cerebro_tune.data.order import batch_sizes
 from cerebro_tune.errors import NotTrainableError
 
 Config = Mapping[str, Any]
@@ -31,13 +30,18 @@ class Plan:
     batch_size: int
     shard_rows: tuple[int, ...]
     device: str = "cpu"
-    last_batch: str = "spread"
     accumulate: int = 1
+    shard_batches: tuple[int, ...] | None = None
+    """Batches that each shard gives; None for as many as the rows fill, the last of which may be smaller."""
+    datamodule: Any = None
+    """The user's DataModule in this worker, set up, where the data comes from one."""
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches that one pass over every shard gives."""
-        return sum(len(batch_sizes(rows, self.batch_size, self.last_batch)) for rows in self.shard_rows)
+        if self.shard_batches is not None:
+            return sum(self.shard_batches)
+        return sum(-(-rows // self.batch_size) for rows in self.shard_rows)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,6 +56,10 @@ class Plan:
 
 class Batches(Protocol):
     """A sized, re-iterable source of batches."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Rows of each batch; final when the batches have been iterated."""
 
     def __len__(self) -> int: ...
 
@@ -104,6 +112,15 @@ class Trainable(ABC):
         if changed:
             raise NotTrainableError(f"{type(self).__name__} cannot change {', '.join(changed)} in mid-training.")
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether the trial has found, in the unit just run, that it should end: as if the tuner had said STOP."""
+        return False
+
+    def take_log(self) -> Any:
+        """What the trial's logger is to hear of the unit just run, once; it travels by pickle to `Recipe.log`."""
+        return None
+
     def close(self) -> None:  # noqa: B027  # most trainables hold nothing but memory
         """Let go of what outlives garbage collection."""
 
@@ -120,6 +137,12 @@ class Recipe(ABC):
     batch_size: int | None = None
     """The trainable's own default, where it has one; it wins over the executor's."""
 
+    loader: Mapping[str, Any] = {}
+    """Settings of the trainable's own for loading; each wins over the executor's."""
+
+    datamodule: Any = None
+    """The DataModule that comes with the trainable, for an executor that was made without data."""
+
     @abstractmethod
     def create(self) -> Trainable:
         """Make the trainable of one trial, in the worker, not yet started."""
@@ -135,6 +158,12 @@ class Recipe(ABC):
     def model_config(self, config: Config) -> dict[str, Any]:
         """The part of a trial's config that the model gets: all but the keys of ours that it does not take."""
         return {key: value for key, value in config.items() if key not in ("batch_size", "epochs") or self.takes(key)}
+
+    def log(self, trial_id: str, config: Config, logged: Any) -> None:  # noqa: B027  # a recipe need not log
+        """Log what `Trainable.take_log` gave, in this process, unit by unit as they are committed."""
+
+    def end_log(self, trial_id: str, status: str) -> None:  # noqa: B027
+        """The trial has ended, or the run has: close its log."""
 
     def check_config(self, config: Config) -> None:  # noqa: B027  # a recipe that takes any config has nothing to check
         """Raise ConfigurationError for a config that the model would refuse, before anything is started."""

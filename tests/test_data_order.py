@@ -17,6 +17,7 @@ from cerebro_tune.data.order import (
     shard_order,
     stratified_order,
     subset_rows,
+    weighted_order,
     write_order,
 )
 from cerebro_tune.errors import ConfigurationError
@@ -88,6 +89,32 @@ def test_a_subset_is_ascending_and_without_repeats(rows: int, count: int, seed: 
     assert all(a < b for a, b in pairwise(chosen.tolist()))
     assert chosen[0] >= 0
     assert chosen[-1] < rows
+
+
+@given(rows=counts, epoch=st.integers(0, 9), zero=st.integers(0, 10), replacement=st.booleans())
+def test_a_weighted_order_has_as_many_rows_and_none_of_weight_0_too_soon(
+    rows: int, epoch: int, zero: int, replacement: bool
+) -> None:
+    weights = np.random.default_rng(rows).random(rows)
+    weights[: min(zero, rows - 1)] = 0
+    order = weighted_order(3, epoch, 1, weights, replacement)
+    assert len(order) == rows
+    assert np.array_equal(order, weighted_order(3, epoch, 1, weights * 8, replacement)), "only proportions count"
+    heavy = np.count_nonzero(weights)
+    assert (weights[order[: rows if replacement else heavy]] > 0).all()
+    if not replacement:
+        assert sorted(order) == list(range(rows))
+
+
+def test_weighted_orders_follow_the_weights_and_never_change() -> None:
+    """First places by weight, as Efraimidis and Spirakis have it; and golden values."""
+    weights = np.array([1.0, 2.0, 5.0])
+    for replacement in (True, False):
+        first = [weighted_order(0, epoch, 0, weights, replacement)[0] for epoch in range(2000)]
+        assert np.allclose(np.bincount(first) / 2000, weights / 8, atol=0.04)
+    equal = np.ones(8)
+    assert weighted_order(7, 3, 1, equal).tolist() == [5, 0, 5, 1, 5, 6, 0, 4]
+    assert weighted_order(7, 3, 1, equal, replacement=False).tolist() == [6, 1, 3, 7, 0, 4, 2, 5]
 
 
 @given(rows=counts, shards=st.integers(1, 40), classes=st.integers(1, 12), seed=st.integers(0, 3))

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, feather
@@ -104,6 +106,10 @@ def uri_with_glob(table: pa.Table, folder: Path) -> str:
     return parquet(table, folder).parent.as_uri() + "/t.*et"
 
 
+def uri_with_options(table: pa.Table, folder: Path) -> str:
+    return uri_with_glob(table, folder) + "?use_mmap=true"
+
+
 def dictionary_encoded(table: pa.Table, _: Path) -> pa.Table:
     # A dictionary of its own in each batch.
     parts = [table.slice(start, 30) for start in range(0, ROWS, 30)]
@@ -117,22 +123,25 @@ def other_types(table: pa.Table, _: Path) -> pa.Table:
 
 
 def hugging_face(table: pa.Table, _: Path) -> Any:
-    """A stand-in with the methods of `datasets.Dataset` that are used; the real one was tried by hand (5.2)."""
+    return datasets.Dataset.from_dict(table.to_pydict())
 
-    class Dataset:
-        features = SimpleNamespace(arrow_schema=table.schema)
 
-        def __len__(self) -> int:
-            return ROWS
+def hugging_face_on_disk(table: pa.Table, folder: Path) -> Any:
+    parts = [datasets.Dataset.from_file(str(path)) for path in arrow_streams(table, folder)]
+    return datasets.concatenate_datasets(parts).with_format("torch")
 
-        def with_format(self, kind: str) -> Dataset:
-            assert kind == "arrow"
-            return self
 
-        def iter(self, batch_size: int) -> Iterator[pa.Table]:
-            yield from (table.slice(start, batch_size // 30) for start in range(0, ROWS, batch_size // 30))
+def hugging_face_reordered(table: pa.Table, _: Path) -> Any:
+    # Rows lie in another order, which an indices mapping puts right.
+    order = np.random.default_rng(0).permutation(ROWS)
+    mapped = hugging_face(table.take(order), _).select(np.argsort(order))
+    assert mapped._indices is not None
+    return mapped
 
-    return Dataset()
+
+class Stream(torch.utils.data.IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
 
 
 KINDS: list[Callable[[pa.Table, Path], Any]] = [
@@ -152,9 +161,12 @@ KINDS: list[Callable[[pa.Table, Path], Any]] = [
     uri,
     uri_of_folder,
     uri_with_glob,
+    uri_with_options,
     dictionary_encoded,
     other_types,
     hugging_face,
+    hugging_face_on_disk,
+    hugging_face_reordered,
 ]
 
 
@@ -233,6 +245,39 @@ def test_foreign_tensor_types_keep_their_shape(tmp_path: Path) -> None:
     assert sorted(images.numpy().tolist()) == sorted(values.tolist())
 
 
+def test_hugging_face_columns_reach_the_collate_function(tmp_path: Path) -> None:
+    tokens = [list(range(row % 5)) for row in range(ROWS)]
+    images = np.random.default_rng(0).random((ROWS, 2, 3), dtype=np.float32)
+    columns = {
+        "row": list(range(ROWS)), "text": [f"{row} é" for row in range(ROWS)], "tokens": tokens,
+        "raw": [bytes([row, 0]) for row in range(ROWS)], "image": images, "label": [row % 2 for row in range(ROWS)],
+    }  # fmt: skip
+    features = datasets.Features(
+        row=datasets.Value("int64"), text=datasets.Value("string"), tokens=datasets.List(datasets.Value("int32")),
+        raw=datasets.Value("binary"), image=datasets.Array2D((2, 3), "float32"),
+        label=datasets.ClassLabel(names=["no", "yes"]),
+    )  # fmt: skip
+    source = datasets.Dataset.from_dict(columns, features).shuffle(seed=3).select(range(10, ROWS))
+    data = ShardedDataset.write(source, tmp_path / "d", 3, stratify="label")
+    form = BatchForm(collate_fn=lambda samples: samples)
+    samples = [sample for batch in data.batches_of(32, form) for sample in batch]
+    assert sorted(int(sample[0]) for sample in samples) == sorted(source["row"])
+    for row, text, found, raw, image, label in samples:
+        number = int(row)
+        assert (text, raw, int(label)) == (columns["text"][number], columns["raw"][number], number % 2)
+        assert found.dtype == torch.int32
+        assert found.tolist() == tokens[number]
+        assert np.array_equal(image.numpy(), images[number])
+
+
+def test_hugging_face_rows_are_never_decoded(tmp_path: Path) -> None:
+    """These bytes are no image; looking at them as one would raise."""
+    source = datasets.Dataset.from_dict({"image": [b"no image"] * 3}).cast_column("image", datasets.Image())
+    data = ShardedDataset.write(source, tmp_path / "d", 1)
+    (batch,) = data.batches_of(3, BatchForm(collate_fn=lambda samples: samples))
+    assert batch == [({"bytes": b"no image", "path": None},)] * 3
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
@@ -244,7 +289,9 @@ def test_foreign_tensor_types_keep_their_shape(tmp_path: Path) -> None:
         ("broken.parquet", "cannot be read as parquet"),
         ("late.csv", "set them, open the file with pyarrow.csv.open_csv"),
         ({"x": [1]}, "dict cannot be read as a table"),
-        ([], "list cannot be read as a table"),
+        ([], "the list has no rows"),
+        (iter([1, 2]), "list_iterator is read from front to back.*RecordBatchReader.from_batches"),
+        (Stream(), "Stream is read from front to back and may have no end"),
     ],
 )
 def test_what_cannot_be_read_is_refused(

@@ -132,8 +132,6 @@ def test_an_existing_set_is_never_touched(tmp_path: Path) -> None:
         ShardedDataset.write(numbers(9), tmp_path / "file", 2)
     (tmp_path / "empty").mkdir()
     assert ShardedDataset.write(numbers(9), tmp_path / "empty", 2).num_rows == 9
-    with pytest.raises(DataError, match="local folder"):
-        ShardedDataset.write(numbers(9), "s3://bucket/d", 2)
 
 
 KILLED = """
@@ -198,6 +196,7 @@ def test_a_source_larger_than_memory_is_written(tmp_path: Path) -> None:
         "MALLOC_ARENA_MAX": "2",
         "OMP_NUM_THREADS": "1",
         "ARROW_IO_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "131072",  # or glibc keeps what was freed, more or less of it by chance
     }
     done = subprocess.run(
         [sys.executable, "-c", BOUNDED, str(tmp_path / "d")],

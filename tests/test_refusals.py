@@ -36,7 +36,7 @@ from runs import CONFIGS, Script
         ({"workers": 5, "placement": "pinned"}, "4 shards cannot be pinned to 5 workers"),
         ({"validation_rows": "most"}, "validation_rows is 'most'"),
         ({"state_memory": "plenty"}, "plenty"),
-        ({"train": 7}, "train is a int; valid: a ShardedDataset"),
+        ({"train": 7}, "train is a int; valid: the path of a set"),
         ({"devices": "gpu"}, 'devices has \'gpu\'; valid: "auto", "cpu"'),
         ({"seed": -1}, "seed is -1"),
         ({"loader": {"columns": "xy"}}, "columns is 'xy'; it must be a list of names"),

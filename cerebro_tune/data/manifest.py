@@ -81,42 +81,57 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the set in `folder`; DataError when there is none that can be trusted."""
     path = folder / FILE_NAME
     try:
-        body = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{folder} is not a sharded data set: it has no {FILE_NAME}. "
-            "Write one with ShardedDataset.write(source, path, num_shards=...)"
-        ) from None
+        raise no_manifest(str(folder)) from None
+    return parse_manifest(content, str(path))
+
+
+def no_manifest(folder: str) -> DataError:
+    """The error of a folder that is no sharded set."""
+    return DataError(
+        f"{folder} is not a sharded data set: it has no {FILE_NAME}. "
+        "Write one with ShardedDataset.write(source, path, num_shards=...)"
+    )
+
+
+def parse_manifest(content: bytes, name: str) -> Manifest:
+    """The manifest that a file holds; DataError, with the file's `name`, when it cannot be trusted."""
+    try:
+        body = json.loads(content)
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(name, str(error)) from error
     if not isinstance(body, dict) or body.get("kind") != _KIND:
-        raise _damaged(path, "it does not describe a sharded data set")
+        raise _damaged(name, "it does not describe a sharded data set")
     if body.get("format") != _FORMAT and body.get("xxh3") == _checksum({k: v for k, v in body.items() if k != "xxh3"}):
         raise DataError(
-            f"{path} has format {body.get('format')!r}; this version of cerebro_tune reads format {_FORMAT}. "
+            f"{name} has format {body.get('format')!r}; this version of cerebro_tune reads format {_FORMAT}. "
             "Upgrade cerebro_tune, or write the set again"
         )
-    return _parse(path, body)
+    return _parse(name, body)
 
 
-def _parse(path: Path, body: dict[str, Any]) -> Manifest:
+def _parse(name: str, body: dict[str, Any]) -> Manifest:
     found = body.pop("xxh3", None)
     if found != (expected := _checksum(body)):
-        raise _damaged(path, f"its checksum is {found}, its content has {expected}")
+        raise _damaged(name, f"its checksum is {found}, its content has {expected}")
     try:
+        shards = tuple(ShardEntry(**entry) for entry in body["shards"])
+        if [entry.file for entry in shards] != [shard_file(index) for index in range(len(shards))]:
+            raise ValueError("its files have other names than shards have")  # they might lead out of the folder
         return Manifest(
             schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(body["arrow_schema"]))),
             seed=body["seed"],
             stratify=body["stratify"],
-            shards=tuple(ShardEntry(**entry) for entry in body["shards"]),
+            shards=shards,
         )
     except (KeyError, TypeError, ValueError) as error:  # a well-formed checksum over a manifest that we never wrote
-        raise _damaged(path, repr(error)) from error
+        raise _damaged(name, repr(error)) from error
 
 
-def _damaged(path: Path, why: str) -> DataError:
+def _damaged(name: str, why: str) -> DataError:
     return DataError(
-        f"{path} is damaged: {why}. Write the set again from its source, or restore the folder from a copy"
+        f"{name} is damaged: {why}. Write the set again from its source, or restore the folder from a copy"
     )
 
 

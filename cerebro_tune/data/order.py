@@ -16,7 +16,7 @@ from cerebro_tune.errors import ConfigurationError
 Rows = npt.NDArray[np.int64]
 
 # First word of every seed, so that equal numbers used for two purposes give unrelated streams.
-_WRITE, _SHARD, _SUBSET = 1, 2, 3
+_WRITE, _SHARD, _SUBSET, _WEIGHTED = 1, 2, 3, 4
 _LAST_BATCH = ("spread", "keep", "drop")
 
 
@@ -50,6 +50,26 @@ def batch_sizes(rows: int, batch_size: int, last_batch: str = "spread") -> list[
 def shard_order(run_seed: int, epoch: int, shard: int, rows: int) -> Rows:
     """The order in which a unit visits the rows of its shard: a permutation of range(rows)."""
     return _permutation((_SHARD, run_seed, epoch, shard), rows)
+
+
+def weighted_order(
+    run_seed: int, epoch: int, shard: int, weights: npt.NDArray[np.float64], replacement: bool = True
+) -> Rows:
+    """As many of the rows of a shard as it has, drawn in proportion to their weights.
+
+    With replacement a row may come several times and others not at all; without, all come, heavy ones rather earlier
+    (Efraimidis and Spirakis, 2006), and rows of weight 0 last.
+    """
+    words = np.random.Philox(np.random.SeedSequence((_WEIGHTED, run_seed, epoch, shard))).random_raw(len(weights))
+    chance = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1), as exactly as a double holds it
+    if replacement:
+        ends = np.cumsum(weights)
+        found: Rows = np.searchsorted(ends, chance * ends[-1], side="right").astype(np.int64, copy=False)
+        return np.minimum(found, len(weights) - 1, dtype=np.int64)
+    with np.errstate(divide="ignore"):
+        keys = np.log1p(-chance) / weights  # of an exponential variable, negated
+    keys[weights == 0] = -np.inf
+    return np.argsort(-keys, kind="stable").astype(np.int64, copy=False)
 
 
 def subset_rows(rows: int, count: int, seed: int) -> Rows:

@@ -44,7 +44,7 @@ class TableShard:
         self._columns = tuple(columns)
         mapped = torch.from_file(str(path), shared=False, size=entry.bytes, dtype=torch.uint8)
         content = pa.py_buffer(mapped.numpy())  # type: ignore[arg-type]  # an array is a buffer; its stubs say so from 3.12
-        batch = _only_batch(content, path, entry, schema)
+        batch = _only_batch(content, str(path), entry, schema)
         self._by_name: dict[str, Column] = {
             name: open_column(batch.column(index), mapped) for index, name in enumerate(schema.names)
         }
@@ -73,8 +73,12 @@ class TableShard:
         return [self._by_name[name] for name in names]
 
 
-def check_shard(path: Path, entry: ShardEntry, schema: pa.Schema) -> None:
-    """Raise DamagedShardError unless the file's bytes are those that were written and form the rows expected."""
+def check_shard(path: Path, entry: ShardEntry, schema: pa.Schema, name: str | None = None) -> None:
+    """Raise DamagedShardError unless the file's bytes are those that were written and form the rows expected.
+
+    name: what the error calls the file; None for its path.
+    """
+    shown = name or str(path)
     digest = xxhash.xxh3_64()
     size = 0
     try:
@@ -83,20 +87,20 @@ def check_shard(path: Path, entry: ShardEntry, schema: pa.Schema) -> None:
                 digest.update(block)
                 size += len(block)
     except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror or error})") from error
+        raise _damaged(shown, f"cannot be read ({error.strerror or error})") from error
     if size != entry.bytes:
-        raise _damaged(path, f"has {size} bytes, {entry.bytes} were written")
+        raise _damaged(shown, f"has {size} bytes, {entry.bytes} were written")
     if digest.hexdigest() != entry.xxh3:
-        raise _damaged(path, f"has the checksum xxh3 {digest.hexdigest()}, {entry.xxh3} was written")
+        raise _damaged(shown, f"has the checksum xxh3 {digest.hexdigest()}, {entry.xxh3} was written")
     with pa.memory_map(str(path)) as file:
-        batch = _only_batch(file.read_buffer(), path, entry, schema)
+        batch = _only_batch(file.read_buffer(), shown, entry, schema)
         try:
             batch.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise _damaged(path, f"is not valid Arrow data ({error})") from error
+            raise _damaged(shown, f"is not valid Arrow data ({error})") from error
 
 
-def _only_batch(content: pa.Buffer, path: Path, entry: ShardEntry, schema: pa.Schema) -> pa.RecordBatch:
+def _only_batch(content: pa.Buffer, name: str, entry: ShardEntry, schema: pa.Schema) -> pa.RecordBatch:
     try:
         reader = pa.ipc.open_file(content)
         found = f"{reader.num_record_batches} record batches"
@@ -106,13 +110,13 @@ def _only_batch(content: pa.Buffer, path: Path, entry: ShardEntry, schema: pa.Sc
                 return batch
             found = f"{batch.num_rows} rows"
     except pa.ArrowException as error:
-        raise _damaged(path, f"is not an Arrow file ({error})") from error
-    raise _damaged(path, f"holds {found} of schema\n{reader.schema}\nwhere one batch of {entry.rows} rows was written")
+        raise _damaged(name, f"is not an Arrow file ({error})") from error
+    raise _damaged(name, f"holds {found} of schema\n{reader.schema}\nwhere one batch of {entry.rows} rows was written")
 
 
-def _damaged(path: Path, what: str) -> DamagedShardError:
+def _damaged(name: str, what: str) -> DamagedShardError:
     return DamagedShardError(
-        f"shard {path} {what}: the file was changed or damaged after it was written. "
+        f"shard {name} {what}: the file was changed or damaged after it was written. "
         "Restore it from a copy, or write the data set again from its source"
     )
 

@@ -1,14 +1,15 @@
 """Every kind of table source, brought to one form: a schema and a stream of record batches.
 
 A source that knows its number of rows and can be read again is shuffled straight from where it is. Any other (a reader,
-CSV, which has to be parsed to be counted) has `rows` None and is read once, into a spool file beside the target.
+CSV, which has to be parsed to be counted) has `rows` None and is read once, into a spool file beside the target; so are
+the rows of a torch Dataset, which take time to decode.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pyarrow import fs
 
+from cerebro_tune.data.remote import failed, is_uri, shown
 from cerebro_tune.errors import DataError
 
 _FORMATS = {
@@ -36,34 +38,53 @@ class Source:
     """A table to be read in order; see `batches` for which part.
 
     batches: takes the columns that are needed; may give more, and may be called again when `rows` is known.
+    settled: where types are known only when all rows were read: the schema, asked for then. `schema` must be one that
+        the rows can be cast from. Such a source is read once.
     """
 
     name: str
     schema: pa.Schema
     rows: int | None
     batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
+    settled: Callable[[], pa.Schema] | None = None
 
 
 def open_source(source: Any) -> Source:
     """The source that a user named; DataError when it is none that can be read."""
     if isinstance(source, pa.RecordBatch):
         source = pa.table(source)
+    if isinstance(source, str | os.PathLike):
+        source = [source]
     if isinstance(source, pa.Table):
         table = source
         return Source("the table", table.schema, table.num_rows, lambda names: iter(table.select(names).to_batches()))
     if isinstance(source, pa.RecordBatchReader):
         return _reader(source)
-    if isinstance(source, str | os.PathLike):
-        return _files([os.fspath(source)])
     if isinstance(source, list | tuple) and source and all(isinstance(item, str | os.PathLike) for item in source):
         return _files([os.fspath(item) for item in source])
     if hasattr(source, "with_format") and getattr(source, "features", None) is not None and hasattr(source, "iter"):
         return _hugging_face(source)
     if hasattr(source, "__arrow_c_stream__"):
         return _reader(pa.RecordBatchReader.from_stream(source))
+    return _rows_of(source)
+
+
+def _rows_of(source: Any) -> Source:
+    """A torch Dataset, or whatever else has rows with numbers."""
+    kind = type(source).__qualname__
+    if any(base.__name__ == "IterableDataset" for base in type(source).__mro__) or isinstance(source, Iterator):
+        raise DataError(
+            f"a {kind} is read from front to back and may have no end. Write what it yields through a record batch "
+            "reader: pyarrow.RecordBatchReader.from_batches(schema, batches), where `batches` is a generator of "
+            "pyarrow.RecordBatch"
+        )
+    if hasattr(source, "__getitem__") and not isinstance(source, Mapping | str | bytes):
+        from cerebro_tune.data.objects import read_rows
+
+        return read_rows(source)
     raise DataError(
-        f"a {type(source).__qualname__} cannot be read as a table: pass an Arrow table or record batch "
-        "reader, path(s), a folder, a glob or a URI of Parquet, Arrow or CSV files, or a Hugging Face Dataset"
+        f"a {kind} cannot be read as a table: pass an Arrow table or record batch reader, path(s), a folder, a glob or "
+        "a URI of Parquet, Arrow or CSV files, a Hugging Face Dataset, or a torch Dataset with __getitem__ and __len__"
     )
 
 
@@ -77,11 +98,10 @@ def _reader(reader: pa.RecordBatchReader) -> Source:
 
 def _hugging_face(dataset: Any) -> Source:
     """By its methods, so that `datasets` need not be installed; they honour a selected or shuffled row order."""
-    formatted = dataset.with_format("arrow")
 
     def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        for table in formatted.iter(batch_size=_HUGGING_FACE_ROWS):
-            yield from table.select(list(names)).to_batches()
+        for table in dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=_HUGGING_FACE_ROWS):
+            yield from table.to_batches()
 
     rows = len(dataset) if hasattr(dataset, "__len__") else None  # an IterableDataset has no length
     return Source("the Hugging Face data set", dataset.features.arrow_schema, rows, batches)
@@ -91,26 +111,27 @@ def _files(names: list[str]) -> Source:
     found = [_expand(name) for name in names]
     paths = [path for _, group in found for path in group]
     systems = [system for system, _ in found]
+    named = [shown(name) if is_uri(name) else name for name in names]
     if any(system != systems[0] for system in systems):
-        raise DataError(f"{', '.join(names)} lie on several file systems; name files of one at a time")
+        raise DataError(f"{', '.join(named)} lie on several file systems; name files of one at a time")
     kinds = {path: _format(path) for path in paths}
     if len(set(kinds.values())) > 1:
-        raise DataError(f"{', '.join(names)} holds files of several formats ({', '.join(sorted(set(kinds.values())))})")
-    kind, shown = kinds[paths[0]], names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        raise DataError(f"{', '.join(named)} holds files of several formats ({', '.join(sorted(set(kinds.values())))})")
+    kind, name = kinds[paths[0]], named[0] if len(named) == 1 else f"{named[0]} and {len(named) - 1} more"
     try:
         if kind == "arrow" and not all(_is_arrow_file(systems[0], path) for path in paths):
-            return _arrow_streams(shown, systems[0], paths)
+            return _arrow_streams(name, systems[0], paths)
         scanned = ds.dataset(paths, filesystem=systems[0], format=_scan_format(kind))
         rows = None if kind in ("csv", "tsv") else scanned.count_rows()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{shown} cannot be read as {kind}: {error}") from error
+        raise DataError(f"{name} cannot be read as {kind}: {error}") from error
 
     def batches(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from scanned.to_batches(
             columns=list(columns), batch_readahead=_BATCHES_AHEAD, fragment_readahead=1, cache_metadata=False
         )
 
-    return Source(shown, scanned.schema, rows, batches)
+    return Source(name, scanned.schema, rows, batches)
 
 
 def _scan_format(kind: str) -> ds.FileFormat:
@@ -144,11 +165,11 @@ def _is_arrow_file(system: fs.FileSystem, path: str) -> bool:
 
 def _expand(name: str) -> tuple[fs.FileSystem, list[str]]:
     """The files that a path, folder, glob or URI stands for, in the order in which they are read."""
-    wild = next((place for place, letter in enumerate(name) if letter in "*?["), None)
-    if "://" in name:
-        return _expand_uri(name, wild)
+    if is_uri(name):
+        return _expand_uri(name)
+    wild = any(letter in name for letter in "*?[")
     local = fs.LocalFileSystem()
-    if wild is not None and not os.path.exists(name):
+    if wild and not os.path.exists(name):
         paths = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
     elif os.path.isdir(name):
         paths = _in_folder(local, name)
@@ -159,13 +180,15 @@ def _expand(name: str) -> tuple[fs.FileSystem, list[str]]:
     return local, [Path(path).absolute().as_posix() for path in paths]
 
 
-def _expand_uri(uri: str, wild: int | None) -> tuple[fs.FileSystem, list[str]]:
-    base = uri if wild is None else uri[: uri.rindex("/", 0, wild)]
+def _expand_uri(uri: str) -> tuple[fs.FileSystem, list[str]]:
+    place, mark, options = uri.partition("?")  # so that "?" is no wildcard here
+    wild = next((index for index, letter in enumerate(place) if letter in "*["), None)
+    base = place if wild is None else place[: place.rindex("/", 0, wild)]
     try:
-        system, path = fs.FileSystem.from_uri(base)
+        system, path = fs.FileSystem.from_uri(base + mark + options)
         info = system.get_file_info(path)
         if wild is not None:
-            pattern = path + uri[len(base) :]
+            pattern = path + place[len(base) :]
             listed = system.get_file_info(fs.FileSelector(path, recursive=True))
             paths = sorted(item.path for item in listed if item.is_file and fnmatch(item.path, pattern))
         elif info.type == fs.FileType.Directory:
@@ -173,9 +196,9 @@ def _expand_uri(uri: str, wild: int | None) -> tuple[fs.FileSystem, list[str]]:
         else:
             paths = [path] if info.is_file else []
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{uri} cannot be read: {error}") from error
+        raise failed(uri, "cannot be read", error) from error
     if not paths:
-        raise _nothing(uri)
+        raise _nothing(shown(uri))
     return system, paths
 
 

@@ -2,7 +2,7 @@
 
     source -> [spool] -> spill -> shard-00000.arrow, ... -> manifest.json -> rename
 
-1. Rows are counted; a source that can be read only once is copied to the spool meanwhile.
+1. Rows are counted; a source that can (or should) be read only once is copied to the spool meanwhile.
 2. The place of every row in the shuffled set is drawn, 8 bytes a row. It depends on the count, the seed and, with
    `stratify`, that column: not on how the source happens to be cut into batches.
 3. The stream is read in chunks; each is sorted by shard and written to the spill, with the rows' places.
@@ -29,6 +29,7 @@ import xxhash
 
 from cerebro_tune.data.manifest import FILE_NAME, Manifest, ShardEntry, shard_file
 from cerebro_tune.data.order import Rows, shard_bounds, stratified_order, write_order
+from cerebro_tune.data.remote import is_uri, uploaded
 from cerebro_tune.data.schema import canonical_schema, conform, from_values, require_columns, tensor_type, to_values
 from cerebro_tune.data.sources import Source, open_source, validated
 from cerebro_tune.errors import DataError
@@ -45,8 +46,12 @@ def write_shards(
     *,
     stratify: str | None,
     columns: Sequence[str] | None,
-) -> Path:
-    """Write the set and return its folder; see `ShardedDataset.write`."""
+) -> str | os.PathLike[str]:
+    """Write the set and return its folder, or its URI; see `ShardedDataset.write`."""
+    if is_uri(path):
+        with uploaded(os.fspath(path)) as folder:
+            write_shards(source, folder, num_shards, seed, stratify=stratify, columns=columns)
+        return path
     if num_shards < 1:
         raise DataError(f"num_shards is {num_shards}; it must be 1 or more")
     if seed < 0:
@@ -61,7 +66,7 @@ def write_shards(
     made = [parent for parent in target.parents if not parent.exists()]
     work.mkdir(parents=True)
     try:
-        entries = _write_into(work, table, schema, (num_shards, seed, stratify))
+        schema, entries = _write_into(work, table, schema, (num_shards, seed, stratify))
         manifest = Manifest(schema, seed, stratify, tuple(entries))
         _write_durably(work / FILE_NAME, manifest.to_json())
         _sync_folder(work)
@@ -75,16 +80,18 @@ def write_shards(
     return target
 
 
-def _write_into(work: Path, table: Source, schema: pa.Schema, how: tuple[int, int, str | None]) -> list[ShardEntry]:
+def _write_into(
+    work: Path, table: Source, schema: pa.Schema, how: tuple[int, int, str | None]
+) -> tuple[pa.Schema, list[ShardEntry]]:
     num_shards, seed, stratify = how
     with ExitStack() as opened:
-        if table.rows is None:
+        if table.rows is not None:
+            _check_count(table.name, table.rows, num_shards)
+        if table.rows is None or table.settled is not None:
             table = _spool(work / "spool.arrow", table, schema, stratify, opened)
+            schema = canonical_schema(table.schema, schema.names)
         rows = table.rows or 0
-        if not rows:
-            raise DataError(f"{table.name} has no rows")
-        if num_shards > rows:
-            raise DataError(f"num_shards is {num_shards}, but {table.name} has only {rows} rows; use {rows} or fewer")
+        _check_count(table.name, rows, num_shards)
         places = write_order(seed, rows)
         if stratify is not None:
             places = stratified_order(places, _classes(table, stratify), num_shards)
@@ -95,7 +102,14 @@ def _write_into(work: Path, table: Source, schema: pa.Schema, how: tuple[int, in
     (work / "spool.arrow").unlink(missing_ok=True)
     entries = [_write_shard(work, shard, slices.gather(shard)) for shard in range(num_shards)]
     slices.close()
-    return entries
+    return schema, entries
+
+
+def _check_count(name: str, rows: int, num_shards: int) -> None:
+    if not rows:
+        raise DataError(f"{name} has no rows")
+    if num_shards > rows:
+        raise DataError(f"num_shards is {num_shards}, but {name} has only {rows} rows; use {rows} or fewer")
 
 
 class _Spill:
@@ -201,7 +215,7 @@ def _drain(waiting: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 def _spool(path: Path, table: Source, schema: pa.Schema, stratify: str | None, opened: ExitStack) -> Source:
-    """Copy a source that can be read once into a file, where it can be counted and read again."""
+    """Copy a source that is read once into a file, where it can be counted and read again."""
     names = list(schema.names)
     if stratify is not None and stratify not in names:
         names.append(stratify)
@@ -211,6 +225,8 @@ def _spool(path: Path, table: Source, schema: pa.Schema, stratify: str | None, o
         for batch in _chunks(table, stored):
             out.write_batch(batch)
             rows += len(batch)
+    if table.settled is not None:
+        stored = canonical_schema(table.settled(), names)
     mapped = opened.enter_context(pa.memory_map(str(path)))
     reader = pa.ipc.open_file(mapped)
 
@@ -260,8 +276,6 @@ def _write_shard(work: Path, shard: int, batch: pa.RecordBatch) -> ShardEntry:
 
 
 def _free_target(path: str | os.PathLike[str]) -> Path:
-    if "://" in os.fspath(path):
-        raise DataError(f"{os.fspath(path)}: shards are written to a local folder, which workers map into memory")
     target = Path(os.path.abspath(path))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise DataError(f"{target} exists already: choose another path, delete it, or read it with ShardedDataset.open")

@@ -49,7 +49,9 @@ def live(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's to answer
     _take_device(boot)
     _end_with(connection, boot.coordinator)
-    _Worker(connection, boot).obey()
+    worker = _Worker(connection, boot)
+    os.register_at_fork(after_in_child=worker.disown)
+    worker.obey()
 
 
 def _take_device(boot: Boot) -> None:
@@ -112,6 +114,15 @@ class _Worker:
                 case Exit():
                     self._runner.close()
                     return
+
+    def disown(self) -> None:
+        """In a process that this one forks, such as a DataLoader's: the socket is not its own.
+
+        Kept open there, it would hide the worker's death from the coordinator; written to, it would garble what the
+        worker says. What is printed goes to where the worker's own output would.
+        """
+        self._connection.close()
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
     def _grow(self, trial: str, nbytes: int) -> BufferRef:
         self._say(NeedBuffer(self._worker, trial, nbytes))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from time import monotonic
 
 from cerebro_tune.errors import StateMemoryError, WorkerError
 from cerebro_tune.units import WorkerId
@@ -93,7 +94,9 @@ class LocalWorkers(Workers):
             return
         for worker in self._seats:
             self.send(worker, Exit())
+        deadline = monotonic() + _END_S
         for seat in self._seats.values():
+            _hear_out(seat.connection, deadline)
             self._unseat(seat, kill=False)
         self._seats.clear()
         if self._server is not None:
@@ -159,6 +162,16 @@ class LocalWorkers(Workers):
         except subprocess.TimeoutExpired:
             seat.parent.kill()
             return _told(seat.parent.wait())
+
+
+def _hear_out(connection: Connection, deadline: float) -> None:
+    """Wait until a worker that was told to exit hangs up, having let go of what it holds: loaders, a DataModule.
+
+    To close the connection would end it at once.
+    """
+    with suppress(EOFError, OSError):
+        while connection.poll(max(0.0, deadline - monotonic())):
+            connection.recv()
 
 
 def _interpreter(module: str, theirs: socket.socket) -> subprocess.Popen[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import Unit, WorkerId
@@ -14,17 +15,14 @@ from cerebro_tune.units import Unit, WorkerId
 class RunSpec:
     """What a worker needs once per run.
 
-    `recipe` and `form` are cloudpickled, so that classes of a script or a notebook travel by value.
-    `validation_rows` are the rows measured after a unit in mid-epoch; None measures none there.
+    `recipe` and `data` (a `RunData`) are cloudpickled, so that classes of a script or a notebook travel by value.
+    `validation_rows` are the rows measured after a unit in mid-epoch; None where there is no validation set.
     """
 
     recipe: bytes
-    form: bytes
-    train: str
-    validation: str | None
+    data: bytes
     validation_rows: int | None
     report_every: str
-    last_batch: str
     seed: int
     shard_rows: tuple[int, ...]
 
@@ -160,6 +158,10 @@ class Finished:
     digest: str
     spans: Spans
     best_written: bool = False
+    logged: Any = None
+    """What `Trainable.take_log` gave."""
+    should_stop: bool = False
+    """Whether the trial itself found that it should end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,16 @@ from time import monotonic
 from typing import Any
 
 import cloudpickle
-import numpy as np
 
 from cerebro_tune import state
-from cerebro_tune.data import BatchForm, ShardedDataset
-from cerebro_tune.data.order import batch_sizes, shard_order
-from cerebro_tune.errors import CerebroError, NonFiniteLossError, WorkerError
+from cerebro_tune.data.order import Rows
+from cerebro_tune.errors import CerebroError, LoaderError, NonFiniteLossError, RowError, WorkerError
+from cerebro_tune.feed import Feed, RunData, UnitBatches
 from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
 from cerebro_tune.store import BufferCache, BufferRef, copy
 from cerebro_tune.trainable import Plan, Recipe, Trainable, UnitWork
 from cerebro_tune.units import WorkerId
-from cerebro_tune.workers.messages import Export, Finished, Forget, Message, Raised, RunSpec, Setup, Spans, Task
+from cerebro_tune.workers.messages import Export, Finished, Forget, Message, Raised, Setup, Spans, Task
 
 
 class UnitRunner:
@@ -35,6 +34,7 @@ class UnitRunner:
         self.worker, self.device, self._grow = worker, device, grow
         self._buffers = BufferCache()
         self._seats: dict[str, Trainable] = {}
+        self._feed: Feed | None = None
 
     def setup(self, setup: Setup) -> None:
         """Open and check the data of a run. Raises DataError; forgets everything of the run before."""
@@ -42,25 +42,59 @@ class UnitRunner:
         spec = setup.spec
         self._spec = spec
         self._recipe: Recipe = cloudpickle.loads(spec.recipe)
-        self._form: BatchForm = cloudpickle.loads(spec.form)
-        self._train = ShardedDataset.open(spec.train)
-        self._train.check(setup.check)
-        self._validation = None if spec.validation is None else ShardedDataset.open(spec.validation)
-        self._subset: np.ndarray | None = None
-        if self._validation is not None:
+        data: RunData = cloudpickle.loads(spec.data)
+        data.train.check(setup.check)
+        self._subset: Rows | None = None
+        if data.validation is not None:
             if setup.check_validation:
-                self._validation.check()
+                data.validation.check()
             if spec.validation_rows is not None:
-                self._subset = self._validation.subset(spec.validation_rows, spec.seed)
+                self._subset = data.validation.subset(spec.validation_rows, spec.seed)
+        self._feed = Feed(data, spec.seed, self.device)
+        self._feed.start()
 
     def run(self, task: Task) -> Finished:
-        """Run one unit; whatever the user's code raises passes through."""
+        """Run one unit; whatever the user's code raises passes through.
+
+        When a loader process dies, the unit is run again from its start, once: it is a pure function, and what killed
+        the process (the system being short of memory, say) may have nothing to do with it.
+        """
+        try:
+            return self._run(task)
+        except Exception:
+            if not self._end_dead_loaders():
+                raise
+        try:
+            return self._run(task)
+        except Exception as error:
+            if died := self._end_dead_loaders():
+                raise LoaderError(
+                    f"A loader process of {self.worker} died, and again when {task.unit.trial} ran epoch "
+                    f"{task.unit.epoch}, shard {task.unit.shard} once more: {died}. Look for a row that crashes the "
+                    'Dataset, for too little memory, or load in the worker itself: loader={"num_workers": 0}.'
+                ) from error
+            raise
+
+    def _end_dead_loaders(self) -> str | None:
+        """How loader processes died, if any did; their loader is then taken down, to be started anew."""
+        died = self._data.died
+        if died:
+            self._data.close()
+        return died
+
+    @property
+    def _data(self) -> Feed:
+        assert self._feed is not None, "a unit before the setup"
+        return self._feed
+
+    def _run(self, task: Task) -> Finished:
         began = monotonic()
         trainable, working = self._load(task)
         timer = _ValidationTimer(lambda: seed_validation(self._spec.seed, task.trial_index, *_place(task)))
         loaded = monotonic()
         seed_unit(self._spec.seed, task.trial_index, *_place(task))
-        metrics = trainable.run_unit(self._work(task, timer))
+        work = self._work(task, timer)
+        metrics = self._train(trainable, task, work)
         self._synchronize()
         trained = monotonic()
         loss = metrics.get("train_loss", 0.0)
@@ -81,7 +115,21 @@ class UnitRunner:
             digest=digest,
             spans=Spans(began, loaded, trained, monotonic(), timer.elapsed_s, self._build_s),
             best_written=best_written,
+            logged=trainable.take_log(),
+            should_stop=trainable.should_stop,
         )
+
+    def _train(self, trainable: Trainable, task: Task, work: UnitWork) -> dict[str, float]:
+        """Run the unit on the trainable; what a bad row raised is told with the unit that it was read for."""
+        try:
+            metrics = trainable.run_unit(work)
+        except RowError as error:
+            unit = task.unit
+            raise RowError(f"{unit.trial}, epoch {unit.epoch}, shard {unit.shard}: {error}") from error
+        if self._data.data.loading.on_row_error == "skip":
+            read = [batches for batches in (work.train, work.validation) if isinstance(batches, UnitBatches)]
+            metrics = {**metrics, "rows_skipped": float(sum(batches.rows_skipped for batches in read))}
+        return metrics
 
     def forget(self, forget: Forget) -> None:
         """Let go of ended trials and freed buffers."""
@@ -95,6 +143,9 @@ class UnitRunner:
         for seat in self._seats.values():
             seat.close()
         self._seats.clear()
+        if self._feed is not None:
+            self._feed.release()
+            self._feed = None
         self._buffers.close()
 
     def _load(self, task: Task) -> tuple[Trainable, BufferRef | None]:
@@ -127,22 +178,24 @@ class UnitRunner:
             batch_size=task.batch_size,
             shard_rows=spec.shard_rows,
             device=self.device,
-            last_batch=spec.last_batch,
             accumulate=self._recipe.accumulate,
+            shard_batches=self._data.batch_counts(task.batch_size),
+            datamodule=None if self._data.data.module is None else self._data.data.module.module,
         )
 
     def _work(self, task: Task, timer: _ValidationTimer) -> UnitWork:
-        validation: _ValidationBatches | None = None
-        if self._validation is not None and (task.last or self._spec.report_every == "unit"):
-            rows = None if task.last else self._subset
-            if task.last or rows is not None:
-                validation = _ValidationBatches(self._validation, task.batch_size, self._form, rows)
+        validation = None
+        if task.last or (self._spec.report_every == "unit" and self._subset is not None):
+            validation = self._data.validation(task.batch_size, None if task.last else self._subset)
+        epoch, shard = _place(task)
         return UnitWork(
-            epoch=task.unit.epoch,
-            shard=task.unit.shard,
+            epoch=epoch,
+            shard=shard,
             position=task.position,
             last=task.last,
-            train=_TrainBatches(self._train, task, self._spec, self._form),
+            train=self._data.train(
+                epoch, shard, task.batch_size, lambda: seed_unit(self._spec.seed, task.trial_index, epoch, shard)
+            ),
             validation=validation,
             validating=timer.measure,
         )
@@ -221,34 +274,3 @@ class _ValidationTimer:
         self._seed()
         yield
         self.elapsed_s += monotonic() - began
-
-
-class _TrainBatches:
-    """The batches of one shard in this epoch's order; fetching the first one seeds the unit's generators again."""
-
-    def __init__(self, dataset: ShardedDataset, task: Task, spec: RunSpec, form: BatchForm) -> None:
-        self._dataset, self._task, self._seed, self._form = dataset, task, spec.seed, form
-        self._sizes = batch_sizes(dataset.rows(task.unit.shard), task.batch_size, spec.last_batch)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def __iter__(self) -> Iterator[Any]:
-        epoch, shard = _place(self._task)
-        order = shard_order(self._seed, epoch, shard, self._dataset.rows(shard))
-        seed_unit(self._seed, self._task.trial_index, epoch, shard)
-        yield from self._dataset.shard(shard).batches(order, self._sizes, self._form)
-
-
-class _ValidationBatches:
-    """The validation set, or its subset, in order."""
-
-    def __init__(self, dataset: ShardedDataset, batch_size: int, form: BatchForm, rows: np.ndarray | None) -> None:
-        self._dataset, self._batch_size, self._form, self._rows = dataset, batch_size, form, rows
-
-    def __len__(self) -> int:
-        rows = self._dataset.num_rows if self._rows is None else len(self._rows)
-        return math.ceil(rows / self._batch_size)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._dataset.batches_of(self._batch_size, self._form, self._rows)

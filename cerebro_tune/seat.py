@@ -1,0 +1,55 @@
+"""Where a user's own code meets the tuner that runs it: who asked for this call, and who decides in it.
+
+A tuner's integration that calls a user's function (a Ray function trainable, an Optuna objective) sits down first,
+`with seated(seat)`, on the thread that makes the call; whatever trains by hops in there finds the seat with `current`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from cerebro_tune.results import TrialResult
+from cerebro_tune.settings import Report
+from cerebro_tune.units import Decision
+
+if TYPE_CHECKING:
+    from cerebro_tune.executor import Cerebro
+
+
+class Seat(Protocol):
+    """One call that a tuner makes: on which executor, measured by what, and who answers."""
+
+    executor: Cerebro
+    metric: str | None
+    mode: str
+
+    def decide(self, trial_id: str, report: Report) -> Decision | None:
+        """Answer a report, or None and answer later with `Run.decide`; on the thread of the run."""
+
+    def conclude(self, result: TrialResult) -> None:
+        """The trial has ended; raise here what the tuner expects of a call that it has cut short."""
+
+
+class _Current(threading.local):
+    seat: Seat | None = None
+
+
+_current = _Current()
+
+
+def current() -> Seat | None:
+    """The seat of this thread, if a tuner made the call that is on."""
+    return _current.seat
+
+
+@contextmanager
+def seated(seat: Seat) -> Iterator[None]:
+    """Sit down on this thread."""
+    before, _current.seat = _current.seat, seat
+    try:
+        yield
+    finally:
+        _current.seat = before
