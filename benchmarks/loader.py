@@ -46,8 +46,9 @@ def main() -> int:
             shards = ShardedDataset.write(table, Path(folder, name), num_shards=1)
             for batch_size in (32, 128):
                 measure(report, shards, batch_size, f"{name}, batch {batch_size}")
-    for num_workers in (1, 2):
-        measure_units(report, num_workers)
+    for side in (72, 108):
+        for num_workers in (1, 2):
+            measure_units(report, side, num_workers)
     return report.finish()
 
 
@@ -92,9 +93,9 @@ def from_memory(
 class Pictures(Dataset[Any]):
     """PNG files in memory, decoded, cropped and flipped at random in each epoch."""
 
-    def __init__(self, rows: int, side: int = 108, crop: int = 96) -> None:
+    def __init__(self, rows: int, side: int) -> None:
         rng = np.random.default_rng(0)
-        self.crop = crop
+        self.crop = side * 8 // 9
         self.files = [png(rng.integers(0, 256, (8, 8, 3)).astype("uint8"), side) for _ in range(200)]
         self.rows = rows
 
@@ -115,39 +116,31 @@ def png(pixels: npt.NDArray[np.uint8], side: int) -> bytes:
     return file.getvalue()
 
 
-def measure_units(report: Report, num_workers: int) -> None:
-    """Time units through kept processes beside stretches of as many batches of one DataLoader's epoch, in turn."""
-    source = Pictures(UNITS * UNIT_ROWS)
+def measure_units(report: Report, side: int, num_workers: int) -> None:
+    """Time the units of an epoch through kept processes beside an epoch of one DataLoader, in turn."""
+    source = Pictures(UNITS * UNIT_ROWS, side)
     row_ms = 1000 * seconds(source[row] for row in range(500)) / 500
-    name = f"images at {row_ms:.1f} ms, {num_workers} loader process" + "es" * (num_workers > 1)
+    name = f"images at {row_ms:.2f} ms, {num_workers} loader process" + "es" * (num_workers > 1)
     data = ShardedDataset.index(source, UNITS)
     feed = Feed(RunData(data, loading({"num_workers": num_workers}, data)), 0, "cpu")
     feed.start()
+    plain = DataLoader(source, UNIT_BATCH, shuffle=True, num_workers=num_workers, persistent_workers=True)
+    seconds(islice(plain, 1))  # its processes are up
     taken: dict[str, list[float]] = {"kept": [], "plain": [], "fresh": []}
     for epoch in range(EPOCHS):
-        taken["kept"] += [seconds(unit(feed, epoch, shard)) for shard in range(UNITS)]
-        loader = DataLoader(source, UNIT_BATCH, shuffle=True, num_workers=num_workers)
-        whole = iter(loader)
-        next(whole)  # its processes are up
-        taken["plain"] += [
-            seconds(islice(whole, UNIT_ROWS // UNIT_BATCH - (shard == UNITS - 1))) for shard in range(UNITS)
-        ]
-        feed.close()
-        taken["fresh"].append(seconds(unit(feed, epoch, 0)))
+        taken["kept"].append(sum(seconds(unit(feed, epoch, shard)) for shard in range(UNITS)))
+        taken["plain"].append(seconds(plain))
+        fresh = Feed(feed.data, 0, "cpu")
+        taken["fresh"].append(UNITS * seconds(unit(fresh, epoch, 0)))
+        fresh.close()
     feed.close()
-    kept, plain = (
-        [sum(taken[way][start : start + UNITS]) for start in range(0, EPOCHS * UNITS, UNITS)]
-        for way in ("kept", "plain")
-    )
-    batches = UNITS * UNIT_ROWS // UNIT_BATCH
-    scaled = [seconds_ * batches / (batches - 1) for seconds_ in plain]  # the first batch was not timed
-    report.add(f"{name}: units per second", UNITS / statistics.median(kept), unit="/s")
-    ratio = statistics.median(b / a for a, b in zip(kept, scaled, strict=True))
-    report.add(f"{name}: speed beside a DataLoader kept for the epoch", ratio, UNIT_BAR, at_most=False)
-    report.add(
-        f"{name}: the same with fresh processes per unit",
-        statistics.median(scaled) / UNITS / statistics.median(taken["fresh"]),
-    )
+    report.add(f"{name}: units per second", UNITS / statistics.median(taken["kept"]), unit="/s")
+    for way, what, bar in (
+        ("kept", "speed beside a DataLoader that lives for the epoch", UNIT_BAR),
+        ("fresh", "the same with fresh processes per unit", None),
+    ):
+        ratio = statistics.median(b / a for a, b in zip(taken[way], taken["plain"], strict=True))
+        report.add(f"{name}: {what}", ratio, bar, at_most=False)
 
 
 def unit(feed: Feed, epoch: int, shard: int) -> Iterable[object]:
