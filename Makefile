@@ -24,6 +24,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/hops.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/lightning_overhead.py
 
 # The property tests and the fault tests again, with far more examples.
 soak: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 
 from cerebro_tune.errors import WorkerError
 from cerebro_tune.settings import RunSettings
@@ -24,6 +25,8 @@ class Crew:
         self.unready: set[WorkerId] = set()
         """Workers that were told of the run and have not answered."""
         self._futile_starts: dict[WorkerId, int] = dict.fromkeys(workers.ids, 0)
+        self._configured: dict[WorkerId, set[str]] = {worker: set() for worker in workers.ids}
+        """The trials of which each worker has the config."""
         self._forgotten: dict[WorkerId, tuple[list[str], list[int]]] = {worker: ([], []) for worker in workers.ids}
 
     def wait(self) -> list[Message]:
@@ -51,6 +54,7 @@ class Crew:
         if self._futile_starts[worker] > _FUTILE_STARTS:
             raise WorkerError(f"{worker} does not come up: {lost.reason}, {_FUTILE_STARTS} times in a row.")
         self._forgotten[worker] = ([], [])
+        self._configured[worker].clear()
         self._workers.restart(worker)
         self.set_up(worker, check=check)
 
@@ -67,7 +71,9 @@ class Crew:
             self._forgotten[worker] = ([], [])
         for task in tasks:
             self.running[worker] = task.unit
-            self._workers.send(worker, task)
+            known, trial = self._configured[worker], task.unit.trial
+            self._workers.send(worker, replace(task, config=None) if trial in known else task)
+            known.add(trial)
 
     def forget(self, trials: Iterable[str], buffers: Iterable[int]) -> None:
         """Note what each worker is to let go of before its next unit."""

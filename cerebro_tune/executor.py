@@ -162,11 +162,11 @@ class Cerebro:
                 f"This executor's data is {self.train!r}, and now it is given other data, {found.train.data!r}: "
                 "shards stay with their workers. Make another executor for it."
             )
-        before, now = (self._data or found).module_name, found.module_name
-        if before != now:
+        before, now = (self._data or found).making, found.making
+        if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
             raise ConfigurationError(
-                f"This executor's data comes from {before or 'loaders'}, and now it is given {now or 'loaders'}, which "
-                "may make other batches of the same rows. Make another executor for it."
+                f"This executor has its data, and is now given the same rows with another {', '.join(changed)}: "
+                "other batches would be made of them. Make another executor for it."
             )
         shards = found.train.data.num_shards
         if self.placement == "pinned" and len(self.devices) > shards:
@@ -203,6 +203,11 @@ class Cerebro:
     def validation(self) -> RowSet | None:
         """The validation set."""
         return None if self._given.validation is None else self._given.validation.data
+
+    @property
+    def loader(self) -> dict[str, Any]:
+        """How batches are made: the settings of a given loader, and those of `loader=`, which win."""
+        return {**self._given.train.settings, **self._loader}
 
     @property
     def batch_size(self) -> int:
@@ -315,9 +320,13 @@ class Cerebro:
         if self._workers is None:
             self._workers = make_workers(self.backend, self.devices, self._threads)
             self._started_s = time()
-            self._workers.start(self._grower.grow)
             # Not a bound method of this object: an executor that nobody has any more ends its workers.
             self._end_workers = weakref.finalize(self, self._workers.close)
+            try:
+                self._workers.start(self._grower.grow)
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """End the workers and leave no process, thread, descriptor or shared memory behind."""

@@ -10,6 +10,7 @@ from typing import Any
 from cerebro_tune.data import BatchForm, ShardedDataset
 from cerebro_tune.data.base import RowSet
 from cerebro_tune.data.datamodule import ModuleCollate, ModuleRows, SharedModule
+from cerebro_tune.data.fingerprint import digest_of
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.feed import RunData
 from cerebro_tune.loading import OF_TRAINING, check_keys, loading
@@ -60,9 +61,10 @@ class GivenData:
         return self.train.data.fingerprint, None if self.validation is None else self.validation.data.fingerprint
 
     @property
-    def module_name(self) -> str | None:
-        """The class of the DataModule that the data comes from, if it comes from one."""
-        return None if self.module is None else type(self.module.module).__name__
+    def making(self) -> dict[str, str]:
+        """What makes batches of the rows, beside their number: the DataModule's class, and settings of the loader."""
+        of_loader = {key: _named(value) for key, value in self.train.settings.items() if key not in _COPIED}
+        return of_loader if self.module is None else {"datamodule": type(self.module.module).__name__, **of_loader}
 
     def is_of(self, datamodule: Any) -> bool:
         """Whether this is the data of such a DataModule, as far as can be told without setting it up."""
@@ -131,6 +133,11 @@ def module_sets(shared: SharedModule, num_shards: int | None, workers: int) -> t
     train, validation = found
     assert train is not None, "refused above"
     return train, validation
+
+
+def _named(value: Any) -> str:
+    """What tells one setting from another: a function's name, the content of anything else."""
+    return str(getattr(value, "__qualname__", None) or digest_of(value))
 
 
 def _check_alike(train: RowSet, validation: RowSet, form: BatchForm) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 import xxhash
 
-_BUILD, _UNIT, _VALIDATION, _DATA, _ROW, _BATCHES = range(6)
+_BUILD, _UNIT, _VALIDATION, _DATA, _ROW, _BATCHES, _COLLATE = range(7)
 
 
 def _seed(purpose: int, run_seed: int, *identity: int) -> int:
@@ -28,13 +28,19 @@ def _seed(purpose: int, run_seed: int, *identity: int) -> int:
 
 def seed_generators(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (its CUDA ones where CUDA is in use)."""
+    _seed_host(seed)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+def _seed_host(seed: int) -> None:
+    """Seed the generators on the CPU, and leave those of devices, of which the model's dropout draws, alone."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)  # NumPy's legacy generator takes 32 bits
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(seed)
 
 
 def seed_build(run_seed: int, trial_index: int) -> None:
@@ -54,17 +60,22 @@ def seed_validation(run_seed: int, trial_index: int, epoch: int, shard: int) -> 
 
 def seed_data(run_seed: int) -> None:
     """Seed the generators as they are when a Dataset is made, so that a random split is the same in every worker."""
-    seed_generators(_seed(_DATA, run_seed))
+    _seed_host(_seed(_DATA, run_seed))
 
 
 def seed_row(run_seed: int, epoch: int, row: int) -> None:
     """Seed the generators as they are when a row is read."""
-    seed_generators(_seed(_ROW, run_seed, epoch, row))
+    _seed_host(_seed(_ROW, run_seed, epoch, row))
+
+
+def seed_collate(run_seed: int, epoch: int, row: int) -> None:
+    """Seed the generators as they are when a batch that begins with this row is put together."""
+    _seed_host(_seed(_COLLATE, run_seed, epoch, row))
 
 
 def seed_batches(run_seed: int, epoch: int, shard: int) -> None:
     """Seed the generators as they are when a batch sampler deals out the rows of a shard."""
-    seed_generators(_seed(_BATCHES, run_seed, epoch, shard))
+    _seed_host(_seed(_BATCHES, run_seed, epoch, shard))
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class TorchTrainable(Trainable):
         totals: dict[str, Any] = {}
         rows = 0
         for number, batch in enumerate(batches):
-            size = batches.sizes[number]
+            size = _size(batches, number, batch)
             rows += size
             for name, value in self._train_batch(state, batch).items():
                 totals[name] = totals.get(name, 0.0) + value * size
@@ -292,7 +292,7 @@ class TorchTrainable(Trainable):
                     f"{type(self).__name__}.validation_step returned a {type(output).__name__}; "
                     'it must return a dict of metrics, such as {"val_loss": loss}.'
                 )
-            yield {"batch_size": batches.sizes[number]} | dict(output)
+            yield {"batch_size": _size(batches, number, batch)} | dict(output)
 
 
 class TorchRecipe(Recipe):
@@ -372,6 +372,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
         moved = [to_device(value, device) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
+
+
+def _size(batches: Batches, number: int, batch: Any) -> int:
+    """Rows of a batch; a loop of the user's own may hand on a plain list of them."""
+    return batches.sizes[number] if hasattr(batches, "sizes") else rows_of(batch)
 
 
 def rows_of(batch: Any) -> int:

@@ -20,7 +20,7 @@ class VisitLoader:
         batch_size: Rows per batch, as the trial had it.
         seed: The seed of the run.
         trial_index: The trial's number in the run, from 0.
-        loader: As in the run. Processes that it asks for are ended by `close`.
+        loader: As in the run: `Cerebro(...).loader`. Processes that it asks for are ended by `close`.
 
     Call `cerebro_tune.seeding.seed_build(seed, trial_index)` before the model is built, as the trial's was. Each
     time the first batch of a shard is fetched, the generators are seeded as in the unit, so that dropout and the
@@ -44,7 +44,8 @@ class VisitLoader:
         self.epoch = 0
 
     def __len__(self) -> int:
-        return sum(self._feed.batch_counts(self.batch_size))
+        counts = self._feed.batch_counts(self.batch_size)
+        return sum(counts[shard] for shard in self.orders.get(self.epoch, range(len(counts))))
 
     def __iter__(self) -> Iterator[Any]:
         epoch, self.epoch = self.epoch, self.epoch + 1

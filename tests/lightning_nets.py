@@ -1,14 +1,24 @@
-"""LightningModules that the tests train; importable in the workers, because the tests' folder is on their path."""
+"""LightningModules that the tests train; importable in the workers, because the tests' folder is on their path.
+
+`unified_nets` is this file once more, for `lightning.pytorch` in place of `pytorch_lightning`.
+"""
 
 from __future__ import annotations
 
+from copy import deepcopy
+from importlib import import_module
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.classification import BinaryAccuracy
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
+
+HOST = "lightning.pytorch" if __name__ == "unified_nets" else "pytorch_lightning"
+pl: Any = import_module(HOST)
+boring: Any = import_module(f"{HOST}.demos.boring_classes")
+transformer: Any = import_module(f"{HOST}.demos.transformer")
 
 
 class Momentum(pl.LightningModule):
@@ -220,3 +230,359 @@ class Marked(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+# Optimizers and schedules.
+
+
+class AdamW(Momentum):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"], weight_decay=0.1)
+
+
+class Stepwise(Momentum):
+    """A rate that falls with every second step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["lr"], amsgrad=True)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 2}}
+
+
+class Warmup(Momentum):
+    """A rate that `optimizer_step` raises over the first 20 steps."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.hparams["lr"] * min(1.0, (self.trainer.global_step + 1) / 20)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9, nesterov=True)
+
+
+class Closure(Momentum):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=self.hparams["lr"], max_iter=3, history_size=4)
+
+
+class Adversarial(pl.LightningModule):
+    """Two optimizers stepped by hand: one every batch, one every third; each with a scheduler of its own."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.maker, self.critic = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        makes, judges = self.optimizers()
+        made = self.maker(torch.randn(len(batch[0]), 4))
+        self.toggle_optimizer(makes)
+        loss = F.softplus(-self.critic(made)).mean()
+        makes.zero_grad()
+        self.manual_backward(loss)
+        makes.step()
+        self.untoggle_optimizer(makes)
+        judged = (F.softplus(-self.critic(batch[0])) + F.softplus(self.critic(made.detach()))).mean()
+        self.manual_backward(judged / 3)
+        if batch_idx % 3 == 2:
+            self.clip_gradients(judges, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            judges.step()
+            judges.zero_grad()
+        every_batch, every_epoch = self.lr_schedulers()
+        every_batch.step()
+        if self.trainer.is_last_batch:
+            every_epoch.step()
+        self.log_dict({"made": loss, "judged": judged}, prog_bar=True, on_step=True, on_epoch=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.softplus(-self.critic(batch[0])).mean())
+
+    def configure_optimizers(self) -> Any:
+        makes = torch.optim.Adam(self.maker.parameters(), lr=self.hparams["lr"])
+        judges = torch.optim.SGD(self.critic.parameters(), lr=self.hparams["lr"], momentum=0.9)
+        schedulers = [
+            torch.optim.lr_scheduler.ExponentialLR(makes, 0.97),
+            torch.optim.lr_scheduler.MultiStepLR(judges, [1, 2]),
+        ]
+        return [makes, judges], schedulers
+
+
+class Growing(Momentum):
+    """Trains its head only; in each later epoch a layer more, in a parameter group of its own."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch:
+            layer = self.net[2 - self.current_epoch]
+            self.optimizers().add_param_group({"params": layer.parameters(), "lr": self.hparams["lr"] / 10})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.net[4].parameters(), lr=self.hparams["lr"])
+
+
+# What modules keep.
+
+
+class Tied(Momentum):
+    """Two layers with one weight."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr, dropout=0.0)
+        self.again = nn.Linear(8, 16)
+        self.again.weight = self.net[0].weight
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + 0.01 * self.again(batch[0]).square().mean()
+
+
+class Metrics(Momentum):
+    """Metrics that gather over an epoch and are computed at its end; one of them where no state dict sees it."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.found = MetricCollection([BinaryAccuracy(), BinaryAUROC()], prefix="train_")
+        self.hidden = {"mean": MeanMetric()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        scores = self.net(batch[0])
+        self.found.update(scores.softmax(1)[:, 1], batch[1])
+        self.hidden["mean"].update(batch[0])
+        return F.cross_entropy(scores, batch[1])
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.found.compute())
+        self.log("mean", self.hidden["mean"].compute())
+        self.found.reset()
+        self.hidden["mean"].reset()
+
+
+class Nested(Momentum):
+    """State of its own in checkpoints, nested; a list of tensors that only the hooks know how to make."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.memory: Any = Memory()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.memory.means = [*self.memory.means[-2:], batch[0].mean(0)]
+        return super().training_step((batch[0] - torch.stack(self.memory.means).mean(0), batch[1]), batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["memory"] = {"means": [("mean", mean) for mean in self.memory.means], "of": {3: (1, 2)}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert checkpoint["memory"]["of"] == {3: (1, 2)}
+        self.memory.means = [mean.clone() for _, mean in checkpoint["memory"]["means"]]
+
+
+class Memory:
+    """No plain value."""
+
+    def __init__(self) -> None:
+        self.means: list[torch.Tensor] = []
+
+
+class Hyper(Momentum):
+    """Hyper-parameters that training changes."""
+
+    def on_train_epoch_start(self) -> None:
+        self.hparams["scale"] = self.hparams.get("scale", 1.0) * 0.9
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.hparams["dropout"] *= 0.99
+        return self.hparams["scale"] * self.hparams["dropout"] * super().training_step(batch, batch_idx)
+
+
+class Configured(pl.LightningModule):
+    """Layers that `configure_model` makes."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__()
+        self.lr, self.net = lr, None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.parameters(), lr=self.lr)
+
+
+class Annealed(Momentum):
+    """Settings of torch's own layers, and flags, that change in training; a teacher that no state dict lists."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.teachers = [nn.Linear(8, 2)]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.net[3].p *= 0.98
+        if batch_idx == 6:
+            self.net[1].momentum = 0.2
+            self.net[1].eval()
+            self.net[0].bias.requires_grad_(False)
+        if batch_idx == 14:
+            self.net[1].train()
+            self.net[0].bias.requires_grad_(True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        (teacher,) = self.teachers
+        with torch.no_grad():
+            teacher.weight.lerp_(self.net[0].weight[:2], 0.05)
+        scores = self.net(batch[0])
+        return F.cross_entropy(scores, batch[1]) + 0.1 * F.mse_loss(scores, teacher(batch[0]).detach())
+
+
+class Dicts(Momentum):
+    """Batches that are dicts, and steps without a batch index."""
+
+    def training_step(self, batch: Any) -> Any:
+        return {"loss": F.cross_entropy(self.net(batch["x"]), batch["y"]), "rows": len(batch["x"])}
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch["x"]), batch["y"]))
+
+
+# Lightning's own demo modules, on this data.
+
+
+class Boring(boring.BoringModel):
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0].repeat(1, 4)
+
+
+class ManualBoring(boring.ManualOptimBoringModel):
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0].repeat(1, 4)
+
+
+class Transformer(transformer.LightningTransformer):
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(vocab_size=12)
+        self.model = transformer.Transformer(12, ninp=8, nhead=2, nhid=8, nlayers=1)
+        self.model.pos_encoder.max_len = 16
+
+    def prepare_data(self) -> None:
+        """Nothing to download: the tokens are made of the rows."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        tokens = (batch[0] * 3).long().clamp(-6, 5) + 6
+        return tokens[:, :-1], tokens[:, 1:].contiguous()
+
+
+# Callbacks.
+
+
+class Recorder(pl.Callback):
+    """Notes what happens per batch and per epoch, in plain attributes."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.steps: list[Any] = []
+        self.epochs: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.calls.append(("on_train_batch_end", batch_idx))
+        rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        place = (trainer.current_epoch, trainer.global_step, trainer.is_last_batch, trainer.num_training_batches)
+        self.steps.append([rates, place, self._logged(trainer)])
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.calls.append("on_train_epoch_start")
+        self.epochs.append(self._logged(trainer))  # what the epoch before has logged, at its very end too
+
+    @staticmethod
+    def _logged(trainer: Any) -> list[dict[str, float]]:
+        kinds = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
+        return [{name: float(value) for name, value in metrics.items()} for metrics in kinds]
+
+
+def _noting(hook: str) -> Any:
+    def note(self: Any, *args: Any) -> None:
+        self.calls.append((hook, *(arg for arg in args if isinstance(arg, int))))
+
+    return note
+
+
+_UNSEEN = ("on_train_start", "on_train_end", "on_train_batch_end", "on_train_epoch_start")
+for _hook in vars(pl.Callback):
+    # The fit's own hooks are called once per worker, as in any of Lightning's resumes.
+    if _hook.startswith(("on_train_", "on_validation_", "on_before_", "on_after_")) and _hook not in _UNSEEN:
+        setattr(Recorder, _hook, _noting(_hook))
+
+
+class Hooks(Momentum):
+    """Notes every hook of its own that is called per epoch or batch."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.calls: list[Any] = []
+
+
+def _calling(hook: str) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((hook, *(arg for arg in (*args, *kwargs.values()) if isinstance(arg, int))))
+        return getattr(super(Hooks, self), hook)(*args, **kwargs)
+
+    return call
+
+
+for _hook in (
+    "on_train_epoch_start", "on_train_batch_start", "training_step", "on_before_zero_grad", "optimizer_zero_grad",
+    "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping",
+    "optimizer_step", "on_train_batch_end", "on_train_epoch_end", "lr_scheduler_step", "on_validation_model_zero_grad",
+    "on_validation_model_eval", "on_validation_start", "on_validation_epoch_start", "on_validation_batch_start",
+    "validation_step", "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end",
+    "on_validation_model_train", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
+):  # fmt: skip
+    setattr(Hooks, _hook, _calling(_hook))
+
+
+class Thaw(pl.callbacks.BaseFinetuning):
+    """Freezes the first layer and its batch norm, and unfreezes them in epoch 1."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[:2], train_bn=False)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[:2], optimizer)
+
+
+class Head(Momentum):
+    """Gives the optimizer what is not frozen."""
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, lr=self.hparams["lr"], momentum=0.9)
+
+
+class Average(pl.Callback):
+    """An average of weights as people write it: a copy in an attribute, a count beside it, and no state dict."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.copy = deepcopy(pl_module.net)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.updates += 1
+        rate = 1 / min(self.updates, 10)
+        for mine, theirs in zip(self.copy.parameters(), pl_module.net.parameters(), strict=True):
+            mine.data.lerp_(theirs.data, rate)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        with torch.no_grad():
+            for mine, theirs in zip(self.copy.parameters(), pl_module.net.parameters(), strict=True):
+                theirs.copy_(mine)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from cerebro_tune import Decision, Results, TrialResult
+from cerebro_tune import Cerebro, Decision, Results, TrialResult
 from cerebro_tune.policy import AutoPolicy, Board, Choice, Ready, Regime
 from cerebro_tune.settings import Report
 
@@ -48,3 +49,14 @@ class Script:
 
     def on_end(self, result: TrialResult) -> None:
         self.ended.append((result.trial_id, result.status))
+
+
+def outliving(executor: Cerebro) -> Cerebro:
+    """An executor that several tests share, for as long as this process has the modules that it has.
+
+    It keeps its workers when a source file is edited meanwhile: started anew within a test, they would count as left by
+    it, and would not have the code that the tests compare them with.
+    """
+    executor.start()
+    executor._started_s = math.inf
+    return executor

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from cerebro_tune.attributes import Attributes
+from cerebro_tune.attributes import Attributes, modules_of
+from cerebro_tune.errors import StateError, UnsupportedLeafError
 from trees import round_trip, same
 
 
@@ -157,3 +158,81 @@ def test_a_tensor_goes_back_to_its_device() -> None:
     assert target.mean.tolist() == [1, 1]
     into.load({"owner": {"mean": torch.ones(2)}})  # compared across devices
     assert target.mean.is_cuda
+
+
+class Noisy(nn.Module):
+    """Torch's own layers, and what no other worker can be told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(2)
+        self.parts = {"a": 1}
+        self.source = torch.Generator().manual_seed(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.drop(x))
+
+
+def of_model(model: nn.Module) -> Attributes:
+    return Attributes(lambda: modules_of(model))
+
+
+def test_settings_of_torchs_own_layers_are_carried() -> None:
+    source, target = Noisy(), Noisy()
+    out, into = of_model(source), of_model(target)
+    source.drop.p, source.norm.momentum, source.norm.track_running_stats = 0.25, None, False
+    into.load(round_trip(out.dump()))
+    assert (target.drop.p, target.norm.momentum, target.norm.track_running_stats) == (0.25, None, False)
+    into.load({})
+    assert (target.drop.p, target.norm.momentum, target.norm.track_running_stats) == (0.5, 0.1, True)
+
+
+def test_a_part_that_a_fresh_build_lacks_is_named() -> None:
+    source, target = Noisy(), Noisy()
+    out, into = of_model(source), of_model(target)
+    source.late = nn.Dropout(0.1)
+    with pytest.raises(StateError, match=r"The state has attributes of model.late, which a fresh build has not"):
+        into.load(round_trip(out.dump()))
+
+
+def has_become(model: Any) -> None:
+    model.parts["b"] = object()
+
+
+def is_new(model: Any) -> None:
+    model.made = iter(())
+
+
+def draws(model: Any) -> None:
+    torch.rand(1, generator=model.source)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (has_become, "model.parts has become a dict with a object in training"),
+        (is_new, "model.made has become a tuple_iterator in training"),
+        (draws, "model.source is a Generator that training draws from"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_name(change: Any, reason: str) -> None:
+    model = Noisy()
+    attributes = of_model(model)
+    assert attributes.dump() == {}
+    change(model)
+    with pytest.raises(UnsupportedLeafError, match=reason):
+        attributes.dump()
+
+
+class Saving(Noisy):
+    def get_extra_state(self) -> Any:
+        return {}
+
+
+def test_whoever_saves_its_state_itself_may_keep_anything() -> None:
+    model = Saving()
+    attributes = of_model(model)
+    has_become(model)
+    is_new(model)
+    model.function = print
+    assert attributes.dump() == {}

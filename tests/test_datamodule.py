@@ -30,7 +30,7 @@ from torch.utils.data import (
 from cerebro_tune import Cerebro
 from cerebro_tune.errors import ConfigurationError, DataError, NotPicklableError
 from cerebro_tune.feed import Feed, RunData
-from datasets import ROWS, Augmented, Numbered, Plain, Stream, noisy
+from map_datasets import ROWS, Augmented, Numbered, Plain, Stream, noisy
 from nets import Deep, Linear
 from runs import outcome
 

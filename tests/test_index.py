@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune.data.index import IndexManifest
 from cerebro_tune.errors import DataError, NotPicklableError
-from datasets import (
+from map_datasets import (
     ROWS,
     Augmented,
     Bad,

@@ -4,82 +4,117 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
-from cerebro_tune import Cerebro, ShardedDataset, VisitLoader
+import lightning_nets
+import unified_nets
+from cerebro_tune import Cerebro, Decision, ShardedDataset, VisitLoader
 from cerebro_tune.data import BatchForm
 from cerebro_tune.seeding import seed_build
 from cerebro_tune_lightning import LightningTrainable, ReseedCallback
-from lightning_nets import Busy, Counting, Marked, Momentum, MultiStep, OneCycle, Plateau, Teacher, Untied
+from runs import Script, outliving
 
 EPOCHS, BATCH, SEED = 3, 16, 5
 
 # torch about Lightning's own CombinedLoader, in the plain `Trainer.fit`.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
 
-CASES: dict[str, tuple[type[pl.LightningModule], dict[str, Any]]] = {
-    "momentum": (Momentum, {}),
-    "multistep": (MultiStep, {}),
-    "onecycle": (OneCycle, {}),
-    "plateau": (Plateau, {}),
-    "clipped": (Momentum, {"gradient_clip_val": 0.1}),
-    "accumulating": (OneCycle, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}),
-    "mixed": (OneCycle, {"precision": "bf16-mixed"}),
-    "half": (Momentum, {"precision": "bf16-true"}),
-    "counting": (Counting, {}),
-    "teacher": (Teacher, {}),
-    "untied": (Untied, {}),
-    "busy": (Busy, {"accumulate_grad_batches": 2}),
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "momentum": ("Momentum", {}),
+    "adamw": ("AdamW", {}),
+    "multistep": ("MultiStep", {}),
+    "stepwise": ("Stepwise", {}),
+    "onecycle": ("OneCycle", {}),
+    "plateau": ("Plateau", {}),
+    "warmup": ("Warmup", {}),
+    "closure": ("Closure", {}),
+    "adversarial": ("Adversarial", {}),
+    "clipped": ("Momentum", {"gradient_clip_val": 0.1}),
+    "clamped": ("Momentum", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "accumulating": ("OneCycle", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}),
+    "accumulating_later": ("Momentum", {"callbacks": ("GradientAccumulationScheduler", {"scheduling": {1: 3, 2: 2}})}),
+    "mixed": ("OneCycle", {"precision": "bf16-mixed"}),
+    "half": ("Momentum", {"precision": "bf16-true"}),
+    "half_adam": ("AdamW", {"precision": "bf16-true"}),
+    "tied": ("Tied", {}),
+    "counting": ("Counting", {}),
+    "teacher": ("Teacher", {}),
+    "untied": ("Untied", {}),
+    "metrics": ("Metrics", {}),
+    "nested": ("Nested", {}),
+    "hyper": ("Hyper", {}),
+    "configured": ("Configured", {}),
+    "annealed": ("Annealed", {}),
+    "dicts": ("Dicts", {}),
+    "growing": ("Growing", {}),
+    "hooks": ("Hooks", {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}),
+    "busy": ("Busy", {"accumulate_grad_batches": 2, "log_every_n_steps": 3}),
+    "thawing": ("Head", {"callbacks": ("Thaw", {})}),
+    "average": ("Momentum", {"callbacks": ("Average", {})}),
+    "averaging": ("Busy", {"callbacks": ("WeightAveraging", {})}),
+    "ema": ("Momentum", {"callbacks": ("EMAWeightAveraging", {"decay": 0.9, "update_starting_at_step": 10})}),
+    "rates": ("Stepwise", {"callbacks": ("LearningRateMonitor", {}), "log_every_n_steps": 2}),
+    "stopping": ("Momentum", {"callbacks": ("EarlyStopping", {"monitor": "val_loss", "stopping_threshold": 9.9})}),
+    "waiting": ("Plateau", {"callbacks": ("EarlyStopping", {"monitor": "val_loss", "patience": 1, "min_delta": 9})}),
+    "boring": ("Boring", {}),
+    "manual_boring": ("ManualBoring", {}),
+    "transformer": ("Transformer", {}),
 }
+UNIFIED = (
+    "onecycle", "plateau", "closure", "adversarial", "accumulating", "mixed", "metrics", "annealed", "growing", "hooks",
+    "busy", "thawing", "averaging", "waiting", "boring", "transformer",
+)  # fmt: skip
+"""The rows that run with `lightning.pytorch` too."""
+CASES = [*((row, lightning_nets) for row in ROWS), *((row, unified_nets) for row in UNIFIED)]
 
 
 class ValidationLoader:
     """The validation set as the workers read it."""
 
-    def __init__(self, dataset: ShardedDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: ShardedDataset, loader: dict[str, Any]) -> None:
+        self.dataset, self.form = dataset, BatchForm(**loader)
 
     def __len__(self) -> int:
         return math.ceil(self.dataset.num_rows / BATCH)
 
     def __iter__(self) -> Iterator[Any]:
-        return self.dataset.batches_of(BATCH, BatchForm(), None)
+        return self.dataset.batches_of(BATCH, self.form, None)
 
 
-class Recorder(pl.Callback):
-    """What was logged by the end of each epoch."""
-
-    def __init__(self) -> None:
-        self.epochs: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+def row_of(row: str, nets: Any) -> tuple[Any, dict[str, Any]]:
+    """The module class of a row, and the Trainer's arguments; each call makes callbacks of its own."""
+    name, kwargs = ROWS[row]
+    kind, options = kwargs.get("callbacks", (None, {}))
+    made = [] if kind is None else [getattr(nets, kind, None) or getattr(nets.pl.callbacks, kind)]
+    return getattr(nets, name), kwargs | {"callbacks": [*(each(**dict(options)) for each in made), nets.Recorder()]}
 
 
 def plain_fit(
-    case: str, config: dict[str, Any], loader: VisitLoader, visits: Any, validation: ShardedDataset
-) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """What a Lightning user would write; returns the checkpoint, and what was logged in each epoch."""
-    kind, kwargs = CASES[case]
-    recorder = Recorder()
+    row: str, nets: Any, config: dict[str, Any], loader: VisitLoader, visits: Any, validation: ValidationLoader
+) -> Any:
+    """What a Lightning user would write; returns the Trainer."""
+    kind, kwargs = row_of(row, nets)
     seed_build(SEED, loader.trial_index)
     module = kind(**config)
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ReseedCallback(SEED, loader.trial_index, visits), recorder],
-        **kwargs,
+    trainer = nets.pl.Trainer(
+        **kwargs
+        | {
+            "max_epochs": EPOCHS,
+            "accelerator": "cpu",
+            "logger": import_module(f"{nets.HOST}.loggers.logger").DummyLogger(),
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "callbacks": [ReseedCallback(SEED, loader.trial_index, visits), *kwargs["callbacks"]],
+        }
     )
-    trainer.fit(module, loader, ValidationLoader(validation))
-    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False), recorder.epochs
+    trainer.fit(module, loader, validation)
+    return trainer
 
 
 def assert_equal(one: Any, other: Any, path: str = "") -> None:
@@ -108,29 +143,64 @@ def cerebro(
         progress=False, seed=SEED, run_dir=tmp_path_factory.mktemp("runs"),
     )  # fmt: skip
     with executor:
-        yield executor
+        yield outliving(executor)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_hops_equal_a_plain_fit(cerebro: Cerebro, train: ShardedDataset, validation: ShardedDataset, case: str) -> None:
-    kind, kwargs = CASES[case]
-    results = cerebro.fit(
-        LightningTrainable(kind, trainer_kwargs=kwargs), [{"lr": 0.05}, {"lr": 0.01}], metric="val_loss"
-    )
+@pytest.mark.filterwarnings("ignore:The number of training batches")  # to the plain fit, whose log_every_n_steps is 50
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")  # Transformer
+@pytest.mark.filterwarnings("ignore:.*overriding `LightningModule.optimizer_")  # Busy, Hooks
+@pytest.mark.parametrize(("row", "nets"), CASES, ids=[f"{row}-{nets.HOST}" for row, nets in CASES])
+def test_hops_equal_a_plain_fit(
+    cerebro: Cerebro, train: ShardedDataset, validation: ShardedDataset, row: str, nets: Any
+) -> None:
+    kind, kwargs = row_of(row, nets)
+    form = {"as_dict": True} if row == "dicts" else {}
+    trainable = LightningTrainable(kind, trainer_kwargs=kwargs, loader=form)
+    metric = None if row == "adversarial" else "train_loss"
+    results = cerebro.fit(trainable, [{"lr": 0.05}, {"lr": 0.01}], metric=metric)
     torch.set_num_threads(1)
     for index, result in enumerate(results):
-        assert result.status == "finished", result.error
+        assert result.error is None
         assert {worker for *_, worker in result.visits} == {"worker-0", "worker-1"}
-        loader = VisitLoader(train, result.visits, batch_size=BATCH, seed=SEED, trial_index=index)
-        expected, logged = plain_fit(case, dict(result.config), loader, result.visits, validation)
+        loader = VisitLoader(train, result.visits, batch_size=BATCH, seed=SEED, trial_index=index, loader=form)
+        measured = ValidationLoader(validation, form)
+        trainer = plain_fit(row, nets, dict(result.config), loader, result.visits, measured)
+        assert result.status == ("stopped" if trainer.current_epoch < EPOCHS else "finished")
+        expected = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         hopped = torch.load(result.last_checkpoint, weights_only=True)
         extras = hopped.pop("cerebro_tune")
         assert extras["left_out"] == []
+        if "hyper_parameters" not in expected:
+            assert hopped.pop("hyper_parameters") == result.config
         assert_equal(hopped, expected)
-        if case == "plateau":
-            assert hopped["optimizer_states"][0]["param_groups"][0]["lr"] < result.config["lr"]
-        for report, metrics in zip(result.history, logged, strict=True):
-            assert {name: report[name] for name in metrics} == metrics
+        recorder = trainer.callbacks[-1]
+        (recorded,) = (of for name, of in extras["attributes"].items() if name.endswith(".Recorder"))
+        assert_equal(recorded, {name: vars(recorder)[name] for name in recorded})
+        assert len(recorded) == 3
+        ends = [logged for logged, *_ in [*recorder.epochs[1:], recorder._logged(trainer)]]
+        for report, logged in zip(result.history, ends, strict=True):
+            assert {name: report[name] for name in logged} == logged
+        check_row(row, trainer, extras)
+
+
+def check_row(row: str, trainer: Any, extras: dict[str, Any]) -> None:
+    """That the row tests what it says, and what only it has."""
+    groups = trainer.optimizers[0].param_groups
+    module = trainer.lightning_module
+    match row:
+        case "plateau":
+            assert groups[0]["lr"] < module.hparams["lr"]
+        case "hooks":
+            assert_equal(extras["attributes"]["model."]["calls"], module.calls)
+            assert len({call[0] for call in module.calls}) == 27
+        case "growing":
+            assert len(groups) == 3
+        case "thawing":
+            assert len(groups) == 2
+        case "stopping":
+            assert trainer.current_epoch == 1
+        case "waiting":
+            assert trainer.current_epoch == 2
 
 
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
@@ -141,9 +211,40 @@ def test_no_trial_writes_into_anothers_state(train: ShardedDataset, tmp_path: An
         train, epochs=4, batch_size=BATCH, workers=2, placement="pinned", policy="random", live_trials=8,
         progress=False, run_dir=tmp_path,
     ) as executor:  # fmt: skip
-        results = executor.fit(Marked, configs, metric="train_loss")
+        results = executor.fit(lightning_nets.Marked, configs, metric="train_loss")
     assert [result.error for result in results] == [None] * 8
     for result in results:
         checkpoint = torch.load(result.last_checkpoint, weights_only=True)
         mark = (checkpoint["state_dict"] | checkpoint["cerebro_tune"]["tensors"])["mark"]
         assert mark.unique().tolist() == [result.config["tag"]]
+
+
+class Stopping(lightning_nets.Momentum):  # type: ignore[misc]
+    """Asks to stop in the second unit, in mid-epoch."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.trainer.should_stop = batch_idx == 6
+
+
+@pytest.mark.parametrize("report_every", ["unit", "epoch"])
+@pytest.mark.parametrize("policy", ["auto", "fixed"])
+def test_a_trial_that_is_to_stop_in_mid_epoch_is_stopped(
+    options: dict[str, Any], report_every: str, policy: str
+) -> None:
+    with Cerebro(**options | {"report_every": report_every, "policy": policy}) as executor:
+        (stopping,) = executor.fit(Stopping, [{"lr": 0.1}])
+        (going,) = executor.fit(lightning_nets.Momentum, [{"lr": 0.1}])
+    assert (stopping.status, going.status) == ("stopped", "finished")
+    assert len(stopping.visits) == 2
+    assert len(stopping.history) == (2 if report_every == "unit" else 0)
+    assert torch.load(stopping.last_checkpoint, weights_only=True)["global_step"] == 7
+
+
+def test_a_stop_of_its_own_is_firmer_than_a_pause_of_the_tuner(options: dict[str, Any]) -> None:
+    with Cerebro(**options) as executor:
+        tuner = Script(lambda trial_id, report: Decision.PAUSE if report["units"] == 2 else Decision.CONTINUE)
+        run = executor.run(Stopping, tuner)
+        run.add({"lr": 0.1})
+        run.end_search()
+        executor.drive(run)
+    assert tuner.ended == [("trial-0000", "stopped")]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
 from cerebro_tune.trainable import Trainable, UnitWork, as_recipe
 from cerebro_tune_lightning import LightningTrainable
 from cerebro_tune_lightning.adapt import adapt
-from lightning_nets import Busy, Logging, Momentum, OneCycle, Teacher
+from lightning_nets import Adversarial, Average, Busy, Logging, Momentum, OneCycle, Teacher
+from trees import same
 
 BATCH = 16
 
@@ -64,10 +66,16 @@ class ValidationBatches:
 class Hopping:
     """One trial that hops between two kept trainables, through buffers as in the workers."""
 
-    def __init__(self, recipe: Any, config: Mapping[str, Any], train: ShardedDataset, epochs: int = 2) -> None:
+    def __init__(
+        self, recipe: Any, config: Mapping[str, Any], train: ShardedDataset, epochs: int = 2, datamodule: Any = None
+    ) -> None:
         self.train, self.config = train, config
         self.plan = Plan(
-            epochs, BATCH, tuple(train.rows(shard) for shard in range(train.num_shards)), accumulate=recipe.accumulate
+            epochs,
+            BATCH,
+            tuple(train.rows(shard) for shard in range(train.num_shards)),
+            accumulate=recipe.accumulate,
+            datamodule=datamodule,
         )
         self.seats: list[Trainable] = []
         for _ in range(2):
@@ -340,12 +348,6 @@ def test_batch_size_and_epochs_are_the_executors_unless_the_module_takes_them() 
     assert [as_recipe(kind).takes("batch_size") for kind in (Batched, Momentum, Unsaved)] == [True, False, False]
 
 
-class Manual(Momentum):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class Two(Momentum):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
@@ -361,9 +363,18 @@ class Skipping(Momentum):
         return -1
 
 
-class Stopping(Momentum):
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.trainer.should_stop = True
+class OwnCheckpoint(pl.callbacks.Checkpoint):
+    pass
+
+
+class BringsSaver(Momentum):
+    def configure_callbacks(self) -> Any:
+        return [pl.callbacks.ModelCheckpoint(every_n_train_steps=1), pl.callbacks.LearningRateMonitor()]
+
+
+class BringsTimer(Momentum):
+    def configure_callbacks(self) -> Any:
+        return pl.callbacks.Timer()
 
 
 class Outside(Momentum):
@@ -377,14 +388,20 @@ class Outside(Momentum):
 @pytest.mark.parametrize(
     ("kind", "kwargs", "reason"),
     [
-        (Manual, {}, "manual optimization.*automatic optimization and one optimizer"),
-        (Two, {}, "multiple optimizers.*automatic optimization and one optimizer"),
-        (Frozen, {}, "automatic optimization and one optimizer"),
+        (Two, {}, "multiple optimizers.*one optimizer, or several with automatic_optimization off"),
+        (Frozen, {}, "configure_optimizers gave no optimizers"),
         (Skipping, {}, "on_train_batch_start returned -1"),
-        (Stopping, {}, "set trainer.should_stop"),
-        (Momentum, {"callbacks": pl.callbacks.EarlyStopping("val_loss")}, "EarlyStopping.*leave it out"),
-        (Momentum, {"callbacks": pl.callbacks.GradientAccumulationScheduler({1: 2})}, "GradientAccum.*one number"),
-        (Momentum, {"callbacks": pl.callbacks.StochasticWeightAveraging(0.1)}, "StochasticWeightAv.*AveragedModel"),
+        (Momentum, {"callbacks": pl.callbacks.StochasticWeightAveraging(0.1)}, "StochasticWeightAv.*EMAWeightAv"),
+        (Momentum, {"callbacks": pl.callbacks.LearningRateFinder()}, "LearningRateFinder.*search space"),
+        (Momentum, {"callbacks": pl.callbacks.BatchSizeFinder()}, "BatchSizeFinder.*search space"),
+        (Momentum, {"callbacks": [pl.callbacks.Timer()]}, "Timer.*limit the epochs"),
+        (
+            Momentum,
+            {"callbacks": pl.callbacks.ModelPruning("l1_unstructured")},
+            "ModelPruning.*prune the trained model",
+        ),
+        (Momentum, {"callbacks": OwnCheckpoint()}, "OwnCheckpoint.*a ModelCheckpoint"),
+        (BringsTimer, {}, "BringsTimer is trained with the callback Timer"),
         (Outside, {}, r"not in the module, of shape \(2, 3\), \(\); only the module's own hop"),
         (lambda config: nn.Linear(8, 2), {}, "must make a LightningModule"),
     ],
@@ -397,14 +414,41 @@ def test_what_cannot_hop_is_refused(train: ShardedDataset, kind: Any, kwargs: di
 def test_what_is_not_lightnings_is_left_to_others() -> None:
     assert adapt(nn.Linear) is None
     assert adapt(nn.Linear(2, 2)) is None
-    with pytest.raises(NotTrainableError, match="give the class Momentum"):
-        adapt(Momentum())
+    assert adapt(Path()) is None
 
 
 def test_trainer_arguments_that_the_executor_decides_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="max_epochs, strategy, which the executor decides"):
         LightningTrainable(Momentum, trainer_kwargs={"strategy": "ddp", "max_epochs": 3, "precision": "bf16-mixed"})
-    LightningTrainable(Momentum, trainer_kwargs={"enable_progress_bar": False, "logger": False})
+    for name, value, instead in (
+        ("strategy", "fsdp", "a worker has one device: leave it out"),
+        ("max_time", "00:01:00:00", "limit the epochs, or let the tuner stop trials"),
+        ("reload_dataloaders_every_n_epochs", 1, "in the Dataset's __getitem__ or in the module"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"Instead of {name}: .*{instead}"):
+            LightningTrainable(Momentum, trainer_kwargs={name: value})
+    LightningTrainable(Momentum, trainer_kwargs={"enable_progress_bar": True, "logger": False, "max_time": None})
+
+
+def test_callbacks_that_show_and_save_have_nothing_to_do_in_a_worker(
+    train: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    best = pl.callbacks.ModelCheckpoint(tmp_path / "saved", monitor="val_loss", mode="max")
+    shown = [pl.callbacks.ModelSummary(), pl.callbacks.RichModelSummary(), pl.callbacks.TQDMProgressBar()]
+    recipe = LightningTrainable(
+        Momentum, trainer_kwargs={"callbacks": [*shown, best, pl.callbacks.DeviceStatsMonitor()]}
+    )
+    assert recipe.checkpoint_callback is best
+    assert LightningTrainable(Momentum).checkpoint_callback is None
+    for each, left in ((recipe, "DeviceStatsMonitor"), (LightningTrainable(BringsSaver), "LearningRateMonitor")):
+        hopping = Hopping(each, {}, train, epochs=1)
+        for _ in range(4):
+            hopping.unit()
+        hopping.close()
+        assert [type(callback).__name__ for callback in hopping.seat.trainer.callbacks[1:]] == [left]
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_lightning_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,3 +586,177 @@ def test_a_module_may_change_its_config_itself(train: ShardedDataset) -> None:
 def test_a_state_of_another_shape_is_refused_by_name(train: ShardedDataset) -> None:
     with pytest.raises(StateError, match=r"net.0.weight has shape \(16, 8\) in the state"):
         changed(LightningTrainable(Momentum), train, {"width": 16}, {"width": 8})
+
+
+# What belongs to the worker: its DataModule.
+
+
+class Data(pl.LightningDataModule):
+    """Scales batches by a factor that it changes and saves; counts what is called."""
+
+    def __init__(self, scale: float = 0.5, function: Any = abs) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.factor = scale
+        self.called: list[str] = []
+
+    def prepare_data(self) -> None:
+        self.called.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.called.append("setup")
+
+    def teardown(self, stage: str) -> None:
+        self.called.append("teardown")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        assert self.trainer is not None
+        self.factor *= 0.99 if self.trainer.training else 1
+        return self.factor * batch[0], batch[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.factor = state["factor"]
+
+
+class KnowsData(Momentum):
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.datamodule.hparams["scale"] == 0.5
+        return super().configure_optimizers()
+
+
+def test_trials_share_their_workers_datamodule_one_at_a_time(train: ShardedDataset) -> None:
+    data, recipe = Data(), LightningTrainable(KnowsData)
+
+    def trial() -> Hopping:
+        return Hopping(recipe, {}, train, datamodule=data)
+
+    alone = trial()
+    for _ in range(8):
+        alone.unit()
+    one, other = trial(), trial()
+    for _ in range(8):
+        one.unit()
+        other.unit()
+    for hopping in (one, other):
+        assert hopping.seat.trainer.datamodule is data
+        assert hopping.tree["Data"] == alone.tree["Data"] == {"factor": pytest.approx(0.5 * 0.99**32)}
+        assert same(hopping.tree["state_dict"], alone.tree["state_dict"])
+        assert hopping.tree["cerebro_tune"]["left_out"] == ["datamodule_hyper_parameters.function"]
+    for hopping in (alone, one, other):
+        hopping.close()
+    assert data.called == []
+
+
+def test_a_datamodule_of_the_other_package_is_refused(train: ShardedDataset) -> None:
+    class Other(import_module("lightning.pytorch").LightningDataModule):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(NotTrainableError, match="Other is a LightningDataModule of lightning"):
+        Hopping(LightningTrainable(Momentum), {}, train, datamodule=Other())
+    Hopping(LightningTrainable(Momentum), {}, train, datamodule=object()).close()
+
+
+# Optimization by hand, and stops.
+
+
+def test_a_validation_in_mid_epoch_leaves_gradients_that_wait_for_a_step(
+    train: ShardedDataset, validation: ShardedDataset
+) -> None:
+    often, rarely = (Hopping(LightningTrainable(Adversarial), {}, train) for _ in range(2))
+    for unit in range(7):
+        often.unit(ValidationBatches(validation, 40))
+        report = rarely.unit(ValidationBatches(validation, 40) if unit == 3 else None)
+        assert "train_loss" not in report, "the module returned no loss"
+    assert any(gradient.any() for gradient in rarely.tree["cerebro_tune"]["gradients"].values())
+    for part in ("state_dict", "optimizer_states"):
+        assert same(often.tree[part], rarely.tree[part])
+    often.close()
+    rarely.close()
+
+
+class Stopping(Momentum):
+    """Asks to stop at one batch of the trial."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 6:
+            self.trainer.should_stop = True
+
+
+@pytest.mark.parametrize("min_epochs", [None, 1, 2])
+def test_a_module_that_stops_its_trainer_stops_its_trial(train: ShardedDataset, min_epochs: int | None) -> None:
+    recipe = LightningTrainable(Stopping, trainer_kwargs={"min_epochs": min_epochs})
+    hopping = Hopping(recipe, {}, train, epochs=3)
+    stops = []
+    while not stops or not stops[-1]:
+        hopping.unit()
+        stops.append(hopping.seat.should_stop)
+    # After batch 6, in the second unit; or as soon as so many epochs are over.
+    assert len(stops) == {None: 2, 1: 4, 2: 8}[min_epochs]
+    assert hopping.seat.trainer.global_step == {None: 7, 1: 16, 2: 32}[min_epochs]
+    hopping.close()
+
+
+# What only training makes.
+
+
+class Late(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.copy = nn.Linear(2, 2)
+
+
+class Foreign(Momentum):
+    def on_train_start(self) -> None:
+        self.kept = object()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.made = [1, object()]
+
+
+class Adding(Momentum):
+    def on_train_epoch_start(self) -> None:
+        self.optimizers().add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+
+
+class Lengthening(Momentum):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.extra = nn.Linear(2, 2)
+
+
+def test_layers_made_in_training_fail_the_first_hop(train: ShardedDataset) -> None:
+    hopping = Hopping(LightningTrainable(Lengthening), {}, train)
+    hopping.unit()
+    with pytest.raises(StateError, match=r"has tensors \['extra.bias', 'extra.weight'\] that the model lacks"):
+        hopping.unit()
+    hopping.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "error", "reason"),
+    [
+        (Momentum, {"callbacks": Late()}, StateError, r"callbacks\[0\].Late.copy, a Linear, was made while training"),
+        (Foreign, {}, StateError, r"model.made has become a list with a object in training"),
+        (Adding, {}, NotTrainableError, r"parameters that are not in the module, of shape \(3,\)"),
+    ],
+)
+def test_what_only_one_worker_has_fails_the_first_hop(
+    train: ShardedDataset, kind: Any, kwargs: dict[str, Any], error: Any, reason: str
+) -> None:
+    hopping = Hopping(LightningTrainable(kind, trainer_kwargs=kwargs), {}, train)
+    with pytest.raises(error, match=reason):
+        hopping.unit()
+    hopping.close()
+
+
+def test_a_held_average_lives_in_the_buffer_too(train: ShardedDataset) -> None:
+    hopping = Hopping(LightningTrainable(Momentum, trainer_kwargs={"callbacks": Average()}), {}, train)
+    for _ in range(3):
+        hopping.unit()
+    (saved,) = hopping.tree["cerebro_tune"]["asides"].values()
+    held = hopping.seat.trainer.callbacks[1].copy
+    buffer = hopping.buffers[1]
+    assert saved["tensors"].keys() == dict([*held.named_parameters(), *held.named_buffers()]).keys()
+    assert all(0 <= p.data_ptr() - buffer.address < hopping.used for p in held.parameters())
+    hopping.close()

@@ -8,14 +8,16 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from torch.utils.data import get_worker_info
 
 from cerebro_tune import Cerebro, Decision, ShardedDataset
-from datasets import (
+from map_datasets import (
     ROWS,
     Augmented,
     Killing,
@@ -168,7 +170,7 @@ def test_what_processes_print_disturbs_nothing(indexed: dict[str, Any], capfd: p
 ENDLESS = """
 import time
 from cerebro_tune import Cerebro
-from datasets import Augmented, Processes
+from map_datasets import Augmented, Processes
 
 class Slow(Processes):
     def training_step(self, model, batch):
@@ -207,3 +209,73 @@ def test_a_worker_init_fn_that_raises_is_told_before_training(indexed: dict[str,
         pytest.raises(Exception, match="process 0 has no licence"),
     ):
         cerebro.fit(Deep, [{"lr": 0.03}])
+
+
+MAIN = """
+from collections import namedtuple
+import torch
+from torch.nn import functional as F
+from cerebro_tune import Cerebro, TorchTrainable
+from map_datasets import Plain
+
+Point = namedtuple("Point", "x y")
+
+class Points(Plain):
+    def __getitem__(self, row):
+        return Point(*super().__getitem__(row))
+
+class Net(TorchTrainable):
+    def build(self, config, plan):
+        model = torch.nn.Linear(8, 2)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def training_step(self, model, batch):
+        return F.cross_entropy(model(batch.x), batch.y)
+
+with Cerebro(Points(), workers=1, run_dir={runs!r}, progress=False, loader={{"num_workers": 1}}) as cerebro:
+    print(cerebro.fit(Net)[0].error)
+"""
+
+
+def test_samples_of_a_type_of_the_script_arrive(tmp_path: Path) -> None:
+    code = MAIN.format(runs=str(tmp_path / "runs"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "None", done.stderr
+
+
+def test_a_batch_that_cannot_travel_is_told(indexed: dict[str, Any]) -> None:
+    def with_a_lock(samples: list[Any]) -> Any:
+        return [threading.Lock() for _ in samples]
+
+    with Cerebro(**indexed, loader={"num_workers": 1, "collate_fn": with_a_lock}) as cerebro:
+        (result,) = cerebro.fit(Deep, [{"lr": 0.03}])
+    assert "trial-0000, epoch 0, shard" in str(result.error)
+    assert "A batch cannot be sent from its loader process: TypeError" in str(result.error)
+
+
+def test_a_worker_init_fn_finds_the_dataset_where_torch_has_it(indexed: dict[str, Any]) -> None:
+    def look(number: int) -> None:
+        info: Any = get_worker_info()
+        if not isinstance(info.dataset, Augmented) or len(info.dataset) not in (ROWS, 20):
+            raise TypeError(f"found {info.dataset!r}")
+
+    with Cerebro(**indexed, loader={"num_workers": 1, "worker_init_fn": look}) as cerebro:
+        (result,) = cerebro.fit(Deep, [{"lr": 0.03}])
+    assert result.error is None
+
+
+@dying
+def test_a_process_that_dies_at_the_start_is_started_again(indexed: dict[str, Any], tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    def die_once(number: int) -> None:
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with Cerebro(**indexed, loader={"num_workers": 1, "worker_init_fn": die_once}) as cerebro:
+        (result,) = cerebro.fit(Deep, [{"lr": 0.03}])
+    assert mark.exists()
+    assert result.error is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, default_collate
 
 from cerebro_tune import Cerebro, ShardedDataset, VisitLoader
 from cerebro_tune.data.base import RowSet
@@ -22,11 +23,12 @@ from cerebro_tune.errors import ConfigurationError, DataError, NotPicklableError
 from cerebro_tune.feed import Feed, RunData
 from cerebro_tune.loading import loading
 from cerebro_tune.seeding import one_thread, seed_build, seed_unit
-from datasets import (
+from map_datasets import (
     ROWS,
     Augmented,
     Bad,
     ByLength,
+    Drawing,
     Numbered,
     OneFile,
     PerProcess,
@@ -473,3 +475,44 @@ def test_a_collate_function_that_does_not_pickle_is_told_before_training(indexed
         pytest.raises(NotPicklableError, match="collate_fn, cannot be sent to the workers"),
     ):
         cerebro.fit(Deep, [{"lr": 0.03}])
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_stop_iteration_of_the_users_does_not_end_a_unit_early(processes: int) -> None:
+    def run_out(samples: list[Any]) -> Any:
+        return next(iter([]))
+
+    with (
+        feed_of(Plain(), {"collate_fn": run_out, "num_workers": processes}) as feed,
+        pytest.raises(RuntimeError, match="StopIteration"),
+    ):
+        batches(feed)
+
+
+def test_a_collate_function_draws_other_numbers_than_the_rows() -> None:
+    def paired(samples: list[Any]) -> Any:
+        return samples[0], random.random()
+
+    with feed_of(Drawing(), {"collate_fn": paired}) as feed:
+        pairs = batches(feed)
+    assert all(row != drawn for row, drawn in pairs)
+    assert len({drawn for _, drawn in pairs}) == len(pairs)
+
+
+def test_reading_leaves_the_generators_of_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the model's dropout draws; simulated, where there is no device."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with feed_of(Augmented(), {"collate_fn": noisy}) as feed:
+        assert len(batches(feed)) > 1
+    assert len(seeded) == 1, "when the unit's first batch is fetched"
+
+
+def test_a_given_loaders_batches_are_replayed_with_the_executors_settings(options: dict[str, Any]) -> None:
+    given = DataLoader(Plain(), batch_size=8, shuffle=True, drop_last=True, collate_fn=noisy)
+    with Cerebro(**options | {"train": given, "validation": None, "batch_size": None, "epochs": 1}) as cerebro:
+        (result,) = cerebro.fit(Linear, [{"lr": 0.1}])
+        replay = VisitLoader(cerebro.train, result.visits, batch_size=cerebro.batch_size, loader=cerebro.loader)
+        assert {len(batch[0]) for batch in replay} == {8}
+        assert VisitLoader(cerebro.train, result.visits[:3], batch_size=8, loader=cerebro.loader).__len__() == 3

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from cerebro_tune import Cerebro, Plan, ShardedDataset, TorchTrainable, VisitLoader
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.seeding import seed_build
+from runs import outliving
 from trees import round_trip
 
 EPOCHS, BATCH = 3, 16
@@ -241,7 +242,7 @@ def cerebro(train: ShardedDataset, tmp_path_factory: pytest.TempPathFactory) -> 
         train, epochs=EPOCHS, batch_size=BATCH, workers=2, placement="pinned", report_every="epoch", seed=5,
         run_dir=tmp_path_factory.mktemp("runs"), progress=False,
     ) as cerebro:  # fmt: skip
-        yield cerebro
+        yield outliving(cerebro)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ class Drawn(NamedTuple):
 class Reader(ABC):
     """Makes batches, in the worker or in a loader process: it travels by pickle. `reader[draw]` is a `Drawn`."""
 
+    @property
+    @abstractmethod
+    def source(self) -> Any:
+        """What rows are read from: what user code in a loader process finds as `get_worker_info().dataset`."""
+
     @abstractmethod
     def __getitem__(self, draw: Draw) -> Drawn: ...
 

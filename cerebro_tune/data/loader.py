@@ -7,19 +7,25 @@ sampler gives the draws of whichever unit is on.
 from __future__ import annotations
 
 import ctypes
+import io
 import os
+import pickle
 import signal
 import sys
 import traceback
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
+
 from cerebro_tune.data.base import NO_ROWS, Draw, Drawn, Reader
-from cerebro_tune.errors import CerebroError, ConfigurationError
+from cerebro_tune.errors import CerebroError, ConfigurationError, RowError
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -88,7 +94,8 @@ class Loader:
 
     def _loaded(self, draws: Sequence[Draw]) -> Iterator[Drawn]:
         if not self._options.num_workers and not self._pin:
-            yield from map(self._reader.__getitem__, draws)
+            for draw in draws:  # not `map`, which a StopIteration of the user's code would end without a word
+                yield self._reader[draw]
             return
         try:
             self._draws = draws
@@ -99,8 +106,10 @@ class Loader:
                     yield drawn
         except Exception as error:
             if isinstance(error, OSError | EOFError):
-                # Of a batch whose memory went with its process, which may not have ended quite yet.
-                wait([process.sentinel for process in getattr(self._iterator, "_workers", ())], _DYING_S)
+                # Of a batch whose memory went with its process, which closes its descriptors before it has ended.
+                processes = {process.sentinel: process for process in getattr(self._iterator, "_workers", ())}
+                for sentinel in wait(list(processes), _DYING_S):
+                    processes[sentinel].join(_DYING_S)
             if not self.died:
                 self.close()  # a process that hangs, or answers late, must not be asked for another unit's batches
             raise
@@ -156,7 +165,7 @@ class Loader:
                 "persistent_workers": True,
                 "prefetch_factor": options.prefetch_factor,
                 "timeout": options.timeout,
-                "worker_init_fn": _Birth(os.getpid(), options.worker_init_fn),
+                "worker_init_fn": _Birth(os.getpid(), self._reader, options.worker_init_fn),
             }
         return DataLoader(
             _Telling(self._reader),  # type: ignore[arg-type]  # a Dataset by what it can do
@@ -175,12 +184,39 @@ class _Telling:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
-    def __getitem__(self, draw: Draw) -> Drawn | CerebroError:
+    def __getitem__(self, draw: Draw) -> Drawn | CerebroError | _Packed:
+        from torch.utils.data import get_worker_info
+
         try:
-            return self._reader[draw]
+            drawn = self._reader[draw]
+            return drawn if get_worker_info() is None else _Packed(drawn)
         except CerebroError as error:
             error.add_note(traceback.format_exc())  # which a pickled error does not keep
             return error
+
+
+class _Packed:
+    """What was drawn, pickled: by value, which a queue's own pickler cannot, and here, where a failure is told.
+
+    In the queue's thread it would be printed and the batch lost, for which the worker would wait without end. Tensors
+    go through shared memory, as ever.
+    """
+
+    def __init__(self, drawn: Drawn) -> None:
+        file = io.BytesIO()
+        pickler = cloudpickle.Pickler(file)
+        pickler.dispatch_table = ChainMap(ForkingPickler._extra_reducers, pickler.dispatch_table)  # type: ignore[attr-defined]
+        try:
+            pickler.dump(drawn)
+        except Exception as error:  # pickling runs code of the object's own, which may raise anything
+            raise RowError(
+                f"A batch cannot be sent from its loader process: {type(error).__name__}: {error}. Return tensors, "
+                'numbers, text and containers of these, or load in the worker itself: loader={"num_workers": 0}.'
+            ) from error
+        self._content = file.getvalue()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self._content,)
 
 
 class _Current:
@@ -199,8 +235,8 @@ class _Current:
 class _Birth:
     """What a loader process does first: see to it that it ends with the worker, then what the user wants."""
 
-    def __init__(self, parent: int, then: Callable[[int], None] | None) -> None:
-        self._parent, self._then = parent, then
+    def __init__(self, parent: int, reader: Reader, then: Callable[[int], None] | None) -> None:
+        self._parent, self._reader, self._then = parent, reader, then
 
     def __call__(self, number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends units, not what they read with
@@ -210,6 +246,10 @@ class _Birth:
             if os.getppid() != self._parent:
                 os._exit(1)
         if self._then is not None:
+            from torch.utils.data import get_worker_info
+
+            # Where recipes look for the Dataset, to open a file or to seed a generator in it.
+            object.__setattr__(get_worker_info(), "dataset", self._reader.source)
             self._then(number)
 
 

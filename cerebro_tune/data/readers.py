@@ -16,7 +16,7 @@ from torch.utils.data import default_collate, get_worker_info
 from cerebro_tune.data.base import Draw, Drawn, Reader
 from cerebro_tune.data.form import Batch, BatchForm
 from cerebro_tune.errors import RowError
-from cerebro_tune.seeding import kept_streams, one_thread, seed_row
+from cerebro_tune.seeding import kept_streams, one_thread, seed_collate, seed_row
 
 if TYPE_CHECKING:
     from cerebro_tune.data.dataset import ShardedDataset
@@ -30,13 +30,17 @@ class TableReader(Reader):
         self._data, self._form, self._seed = data, form, seed
         self._plain = form.collate_fn is None and form.transform is None
 
+    @property
+    def source(self) -> Any:  # noqa: D102
+        return self._data
+
     def __getitem__(self, draw: Draw) -> Drawn:
         if not len(draw.rows):
             return Drawn(None, 0)
         if self._plain:
             return Drawn(self._data.gather(draw.rows, self._form, draw.shard), len(draw.rows))
         with _streams(), one_thread():
-            seed_row(self._seed, draw.epoch, int(draw.rows[0]))
+            seed_collate(self._seed, draw.epoch, int(draw.rows[0]))
             return Drawn(self._data.gather(draw.rows, self._form, draw.shard), len(draw.rows))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,6 +52,10 @@ class RowReader(Reader):
 
     def __init__(self, data: IndexedDataset, form: BatchForm, seed: int, on_row_error: str) -> None:
         self._data, self._form, self._seed, self._on_row_error = data, form, seed, on_row_error
+
+    @property
+    def source(self) -> Any:  # noqa: D102
+        return self._data.source
 
     def __getitem__(self, draw: Draw) -> Drawn:
         rows = draw.rows.tolist()
@@ -61,8 +69,8 @@ class RowReader(Reader):
                     f"Every row of a batch of {self._data.name} raised: {_listed(rows)}. "
                     'on_row_error="skip" leaves single rows out, not whole batches: mend the rows.'
                 )
-            # Seeded here as well: the last row, which the streams would otherwise go on from, may be a skipped one.
-            seed_row(self._seed, draw.epoch, rows[0])
+            # The last row, which the streams would otherwise go on from, may be a skipped one.
+            seed_collate(self._seed, draw.epoch, rows[0])
             return Drawn(self._collate(samples, rows), len(samples))
 
     def __reduce__(self) -> tuple[Any, ...]:

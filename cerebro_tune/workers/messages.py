@@ -51,13 +51,14 @@ class Export:
 class Task:
     """One unit to run: from the state in `committed` (None: from a fresh build) into `working`.
 
-    Configs are cloudpickled; they may hold classes and functions of a script.
+    Configs are cloudpickled; they may hold classes and functions of a script, and weights. That of a trial is sent to
+    a worker once: it is None in the tasks that follow.
     """
 
     job: int
     unit: Unit
     trial_index: int
-    config: bytes
+    config: bytes | None
     epochs: int
     batch_size: int
     position: int

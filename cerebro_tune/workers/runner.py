@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 
@@ -26,6 +26,8 @@ from cerebro_tune.trainable import Plan, Recipe, Trainable, UnitWork
 from cerebro_tune.units import WorkerId
 from cerebro_tune.workers.messages import Export, Finished, Forget, Message, Raised, Setup, Spans, Task
 
+T = TypeVar("T")
+
 
 class UnitRunner:
     """The trainables, data and buffers of one worker. `grow(trial, nbytes)` asks the coordinator for a buffer."""
@@ -34,6 +36,7 @@ class UnitRunner:
         self.worker, self.device, self._grow = worker, device, grow
         self._buffers = BufferCache()
         self._seats: dict[str, Trainable] = {}
+        self._configs: dict[str, bytes] = {}
         self._feed: Feed | None = None
 
     def setup(self, setup: Setup) -> None:
@@ -51,27 +54,37 @@ class UnitRunner:
             if spec.validation_rows is not None:
                 self._subset = data.validation.subset(spec.validation_rows, spec.seed)
         self._feed = Feed(data, spec.seed, self.device)
-        self._feed.start()
+        self._surviving(self._feed.start, "started")
 
     def run(self, task: Task) -> Finished:
         """Run one unit; whatever the user's code raises passes through.
 
-        When a loader process dies, the unit is run again from its start, once: it is a pure function, and what killed
-        the process (the system being short of memory, say) may have nothing to do with it.
+        A trial's config comes with the first of its units here.
+        """
+        if task.config is not None:
+            self._configs[task.unit.trial] = task.config
+        unit = task.unit
+        return self._surviving(lambda: self._run(task), f"{unit.trial} ran epoch {unit.epoch}, shard {unit.shard}")
+
+    def _surviving(self, act: Callable[[], T], what: str) -> T:
+        """Do this, and once more from its start if a loader process has died.
+
+        A unit is a pure function, and what killed the process (the system being short of memory, say) may have nothing
+        to do with it.
         """
         try:
-            return self._run(task)
+            return act()
         except Exception:
             if not self._end_dead_loaders():
                 raise
         try:
-            return self._run(task)
+            return act()
         except Exception as error:
             if died := self._end_dead_loaders():
                 raise LoaderError(
-                    f"A loader process of {self.worker} died, and again when {task.unit.trial} ran epoch "
-                    f"{task.unit.epoch}, shard {task.unit.shard} once more: {died}. Look for a row that crashes the "
-                    'Dataset, for too little memory, or load in the worker itself: loader={"num_workers": 0}.'
+                    f"A loader process of {self.worker} died, and again when {what} once more: {died}. Look for a row "
+                    "that crashes the Dataset, for too little memory, or load in the worker itself: "
+                    'loader={"num_workers": 0}.'
                 ) from error
             raise
 
@@ -134,6 +147,7 @@ class UnitRunner:
     def forget(self, forget: Forget) -> None:
         """Let go of ended trials and freed buffers."""
         for trial in forget.trials:
+            self._configs.pop(trial, None)
             if seat := self._seats.pop(trial, None):
                 seat.close()
         self._buffers.forget(forget.buffers)
@@ -143,6 +157,7 @@ class UnitRunner:
         for seat in self._seats.values():
             seat.close()
         self._seats.clear()
+        self._configs.clear()
         if self._feed is not None:
             self._feed.release()
             self._feed = None
@@ -158,7 +173,7 @@ class UnitRunner:
         if trainable is None:
             seed_build(self._spec.seed, task.trial_index)
             trainable = self._recipe.create()
-            trainable.start(cloudpickle.loads(task.config), self._plan(task))
+            trainable.start(cloudpickle.loads(self._configs[trial]), self._plan(task))
             self._seats[trial] = trainable
         self._build_s = monotonic() - began
         working = task.working
@@ -168,7 +183,7 @@ class UnitRunner:
             copy(source, target, task.committed_bytes)
             trainable.load_state_dict(state.read(target))
             if task.trained_under is not None:
-                trainable.change_config(cloudpickle.loads(task.trained_under), cloudpickle.loads(task.config))
+                trainable.change_config(cloudpickle.loads(task.trained_under), cloudpickle.loads(self._configs[trial]))
         return trainable, working
 
     def _plan(self, task: Task) -> Plan:

@@ -1,4 +1,4 @@
-"""Lightning modules by hops: `LightningTrainable`, and what makes a plain `Trainer.fit` comparable.
+"""Lightning by hops: `HopStrategy` for a Trainer, `LightningTrainable` for a search, and what goes with them.
 
 The names are looked up when they are first used, because the core asks `adapt` about whatever it is given, with or
 without Lightning installed.
@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, Any
 from cerebro_tune.errors import MissingHostError
 
 if TYPE_CHECKING:
+    from cerebro_tune_lightning.checkpointio import HopCheckpointIO as HopCheckpointIO
     from cerebro_tune_lightning.reseed import ReseedCallback as ReseedCallback
+    from cerebro_tune_lightning.strategy import HopStrategy as HopStrategy
     from cerebro_tune_lightning.trainable import LightningTrainable as LightningTrainable
 
-_HOMES = {"LightningTrainable": "trainable", "ReseedCallback": "reseed"}
+_HOMES = {
+    "HopCheckpointIO": "checkpointio",
+    "HopStrategy": "strategy",
+    "LightningTrainable": "trainable",
+    "ReseedCallback": "reseed",
+}
 
-__all__ = ["LightningTrainable", "ReseedCallback"]
+__all__ = ["HopCheckpointIO", "HopStrategy", "LightningTrainable", "ReseedCallback"]
 
 
 def __getattr__(name: str) -> Any:

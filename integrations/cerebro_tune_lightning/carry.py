@@ -1,108 +1,16 @@
-"""A module's tensors and flags, out of it and into it."""
+"""What a module and its callbacks hold beside weights: flags, and modules that are no part of the one that trains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cerebro_tune.adopt import adopt
-
-
-def take_up(module: nn.Module, weights: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
-    """Move the module's tensors into the given ones, before any hook can write into them.
-
-    A kept module's tensors lie in the buffer of its last unit, which may be another trial's by now. What does not fit
-    gets memory of its own: a hook may give it another shape, and `load_weights` refuses what still does not fit then.
-    """
-    _untie(module, weights)
-    targets, values = _matched(module, weights, others)
-    for name, target in targets.items():
-        value = values.get(name)
-        if value is not None and _fits(target, value):
-            adopt({name: target}, {name: value})
-        else:
-            target.data = torch.zeros_like(target)
-
-
-def load_weights(
-    module: nn.Module, weights: Mapping[str, Any], others: Mapping[str, Tensor], mended: Mapping[str, Any]
-) -> None:
-    """Make the module's parameters and buffers *be* the given tensors; anything else of the state dict is loaded.
-
-    Args:
-        module: What was given to `take_up` before.
-        weights: The state dict as it was saved.
-        others: The tensors that `unlisted` gave.
-        mended: The state dict as `on_load_checkpoint` left it; what that has put into it is loaded.
-    """
-    targets, values = _matched(module, weights, others)
-    missing = object()
-    put = {name for name, value in mended.items() if value is not weights.get(name, missing)}
-    adopt({name: target for name, target in targets.items() if name not in put or name in values}, values)
-    listed = module.state_dict(keep_vars=True).keys() | put
-    # Extra states, persistent torchmetrics, and what a module with a `state_dict` of its own keeps elsewhere.
-    rest = {name: value for name, value in mended.items() if name in listed and (name in put or name not in values)}
-    if rest:
-        module.load_state_dict(rest, strict=False)
-
-
-def unlisted(module: nn.Module, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Parameters and buffers that are not in the saved state dict themselves, such as non-persistent buffers."""
-    held = {_place(value) for value in saved.values() if isinstance(value, Tensor)}
-    return {name: tensor for name, tensor in _named(module).items() if _place(tensor) not in held}
-
-
-def _matched(
-    module: nn.Module, weights: Mapping[str, Any], others: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The module's own tensors, and what of the saved ones they are to become, by name."""
-    own = _named(module)
-    ids = {id(tensor) for tensor in own.values()}
-    listed = {name: value for name, value in module.state_dict(keep_vars=True).items() if id(value) in ids}
-    found = {name: value for name, value in weights.items() if name in listed and name not in others}
-    covered = {id(listed[name]) for name in found}
-    targets = {name: listed[name] for name in found}
-    targets |= {name: tensor for name, tensor in own.items() if id(tensor) not in covered}
-    return targets, found | dict(others)
-
-
-def _untie(module: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Make two buffers of what a fresh build registers under two names, where training has put another in one place."""
-    places: dict[int, Any] = {}
-    for prefix, part in module.named_modules():
-        for leaf, buffer in part._buffers.items():
-            value = weights.get(f"{prefix}.{leaf}" if prefix else leaf)
-            if buffer is None or not isinstance(value, Tensor):
-                continue
-            if places.setdefault(id(buffer), _place(value)) != _place(value):
-                part._buffers[leaf] = torch.zeros_like(buffer)
-
-
-def _named(module: nn.Module) -> dict[str, Tensor]:
-    return dict(chain(module.named_parameters(), module.named_buffers()))
-
-
-def _place(tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
-    return tensor.data_ptr(), tensor.shape, tensor.dtype
-
-
-def _fits(target: Tensor, value: Tensor) -> bool:
-    return target.shape == value.shape
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """The gradients that there are, by parameter."""
-    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-
-
-def load_gradients(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Make these the module's gradients, and its only ones."""
-    for name, parameter in module.named_parameters():
-        parameter.grad = values[name].to(parameter.device) if name in values else None
+from cerebro_tune.adopt import load_model, own_tensors
+from cerebro_tune.attributes import OF_TORCH, of_torch
+from cerebro_tune.errors import StateError, UnsupportedLeafError
+from cerebro_tune_lightning import results
 
 
 def flags(module: nn.Module) -> dict[str, list[str]]:
@@ -120,3 +28,65 @@ def load_flags(module: nn.Module, state: Mapping[str, list[str]]) -> None:
         parameter.requires_grad_(name not in frozen)
     for name, part in module.named_modules():
         part.training = name not in evaluating
+
+
+class Asides:
+    """Modules held in attributes by callbacks, or by the module in a list or dict of Python's: averages, teachers.
+
+    No state dict lists them, and no optimizer trains them, but what training writes into them must hop.
+    """
+
+    def __init__(self, module: nn.Module, owners: Iterable[tuple[str, Any]]) -> None:
+        self._module = module
+        self._owners = [(name, owner) for name, owner in owners if not of_torch(owner)]
+        self._built: set[str] = set()
+
+    def settle(self) -> None:
+        """What is held by now is made in every worker."""
+        self._built = {name for name, _ in self.held()}
+
+    def held(self) -> Iterator[tuple[str, nn.Module]]:
+        """Each by its key path."""
+        seen = {id(part) for part in self._module.modules()}
+        for path, owner in self._owners:
+            private = OF_TORCH if isinstance(owner, nn.Module) else ()
+            for name, value in list(vars(owner).items()):
+                for key, part in () if name in private else _parts(value):
+                    if id(part) not in seen and (results.has_metrics(part) or own_tensors(part)):
+                        seen.update(map(id, part.modules()))
+                        yield f"{path}.{name}{key}", part
+
+    def dump(self) -> dict[str, dict[str, Any]]:
+        """Their tensors, flags and metrics; UnsupportedLeafError for one that only this worker has made."""
+        state = {}
+        for name, part in self.held():
+            if name not in self._built:
+                raise UnsupportedLeafError(
+                    f"{name}, a {type(part).__name__}, was made while training, so that other workers have none to "
+                    "take up its state: make it in __init__, setup or on_train_start."
+                )
+            state[name] = {
+                "tensors": own_tensors(part), "flags": flags(part), "metrics": results.dump_metrics(part)
+            }  # fmt: skip
+        return state
+
+    def load(self, state: Mapping[str, dict[str, Any]]) -> None:
+        """Take up what `dump` gave."""
+        held = dict(self.held())
+        if lacking := sorted(state.keys() - held.keys()):
+            raise StateError(f"The state has {', '.join(lacking)}, which a fresh build has not.")
+        for name, saved in state.items():
+            load_model(held[name], {}, saved["tensors"])
+            load_flags(held[name], saved["flags"])
+            results.restore_metrics(held[name], saved["metrics"])
+
+
+def _parts(value: Any) -> list[tuple[str, nn.Module]]:
+    """A module, or those in a container of them."""
+    if isinstance(value, nn.Module):
+        return [("", value)]
+    if type(value) in (list, tuple):
+        return [(f"[{index}]", item) for index, item in enumerate(value) if isinstance(item, nn.Module)]
+    if type(value) is dict:
+        return [(f"[{key!r}]", item) for key, item in value.items() if isinstance(item, nn.Module)]
+    return []

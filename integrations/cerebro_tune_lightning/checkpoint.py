@@ -32,15 +32,20 @@ def make_safe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def export(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a trial's state as a checkpoint file, whole or not at all; warn of what cannot be in it, by name."""
     safe, skipped = make_safe(checkpoint)
-    skipped += [f"hyper_parameters.{name}" for name in checkpoint[EXTRAS]["left_out"]]
+    skipped += checkpoint[EXTRAS]["left_out"]
     if skipped:
         warnings.warn(
             f"{path.name} leaves out {', '.join(skipped)}, which torch.load(weights_only=True) would refuse. "
             "Pass to load_from_checkpoint what the module needs of it.",
             stacklevel=2,
         )
+    write(safe, path)
+
+
+def write(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    torch.save(safe, partial)
+    torch.save(checkpoint, partial)
     os.replace(partial, path)
 
 

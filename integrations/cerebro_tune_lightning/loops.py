@@ -9,6 +9,8 @@ that of `_FitLoop.run` and `_TrainingEpochLoop.run`:
     fit_loop.on_advance_end                                           at an epoch's last unit
     fit_loop.on_run_end, on_fit_end                                   at the trial's last unit
 
+The last two lines also follow the batch or the epoch after which `trainer.should_stop` is set, and end the trial.
+
 A new Trainer per unit would cost 11 ms, and could not step a ReduceLROnPlateau: Lightning takes every epoch that goes
 on from a checkpoint for a restarted one, and leaves that scheduler out at its end.
 """
@@ -19,64 +21,90 @@ import copy
 import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from cerebro_tune.adopt import gradients, load_gradients
 from cerebro_tune.errors import NotTrainableError
 from cerebro_tune.trainable import Plan, UnitWork
-from cerebro_tune_lightning import results
-from cerebro_tune_lightning.quiet import quiet
+from cerebro_tune_lightning import callbacks, groups, results, versions
+from cerebro_tune_lightning.lending import LentData
+from cerebro_tune_lightning.loggers import Recording
+from cerebro_tune_lightning.quiet import hushed, quiet
+from cerebro_tune_lightning.watcher import make_watcher
 
-_VALID = "What can be trained is a module with training_step, automatic optimization and one optimizer."
+_VALID = (
+    "What can be trained is a module with training_step and one optimizer, or several with automatic_optimization off."
+)
 
 
 class KeptTrainer:
     """A Trainer set up for one module. Units run in it one by one, each on the state that was restored before."""
 
-    def __init__(self, module: Any, host: str, plan: Plan, trainer_kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, module: Any, host: str, plan: Plan, trainer_kwargs: Mapping[str, Any], loggers: int | None = None
+    ) -> None:
+        versions.check(host)
         self.module, self._host = module, host
-        if not module.automatic_optimization:
-            raise NotTrainableError(f"{type(module).__name__} uses manual optimization. {_VALID}")
         self._train, self._validation = _Feed(plan.batches_per_epoch), _Feed(1)
-        self._watcher = _make_watcher(import_module(host).Callback)
+        self._data = LentData(plan.datamodule, module, host)
+        self._recording = Recording(self._get("loggers.logger").DummyLogger, loggers)
+        self._watcher = make_watcher(import_module(host).Callback, self._data.attach)
         with quiet():
             self.trainer = self._set_up(plan, trainer_kwargs)
         self._fit = self.trainer.fit_loop
         self._epoch = self._fit.epoch_loop
         self._check()
+        self._gradients_seen = self.overrides("on_before_zero_grad", "optimizer_zero_grad")
         self._metrics = _Noted({})
         self._connector._callback_metrics = self._metrics
         self._begun = False
 
-    def run(self, work: UnitWork, rows: Sequence[int]) -> dict[str, float]:
-        """Train on the unit's batches, which have these numbers of rows, and return what was logged."""
+    def run(self, work: UnitWork) -> dict[str, float]:
+        """Train on the unit's batches and return what was logged; an epoch that is to stop is ended here."""
         trainer, fit, epoch = self.trainer, self._fit, self._epoch
         self._metrics.written.clear()
+        self._recording.clear()
+        self._data.lend(self.trainer)
         trainer.training = True
         with self._watcher.unit(work), torch.autograd.set_detect_anomaly(trainer._detect_anomaly):
-            self.begin()
             if work.position == 0:
                 fit.on_advance_start()
                 epoch.reset()
-            fetcher = self._feed(work, len(rows))
-            for _ in rows:
-                self._advance(fetcher)
-            if work.last:
+            fetcher = self._feed(work)
+            for left in reversed(range(len(work.train))):
+                if self.should_stop:
+                    break
+                self._advance(fetcher, validates=not left and not work.last)
+            ended = work.last or self.should_stop
+            if ended:
                 fit.on_advance_end()
-                if work.epoch == trainer.max_epochs - 1:
+                if self.should_stop or work.epoch == trainer.max_epochs - 1:
                     self._end()
-        return self._report(work, rows)
+        return self._report(work, ended)
 
-    def begin(self) -> None:
-        """Call `on_train_start`, once: what it sets up is that of a fresh build, and a state loaded afterwards wins."""
+    def begin(self) -> bool:
+        """Call `on_train_start`, once: what it sets up is that of a fresh build, and a state loaded afterwards wins.
+
+        Returns whether that was now.
+        """
         if self._begun:
-            return
+            return False
         self._begun = self.trainer.training = True
+        self._data.lend(self.trainer)
+        self._data.renew()  # another trial's state may be in it
         self._fit.reset()
         self._fit.on_run_start()
+        self._recording.begin()
+        return True
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether a callback or the module has set `trainer.should_stop`, and enough is trained to heed it."""
+        return bool(self.trainer.should_stop and self._fit._can_stop_early)
 
     def _end(self) -> None:
         """Call the hooks that follow the last epoch, whose work belongs to the final state."""
@@ -85,56 +113,77 @@ class KeptTrainer:
         call._call_callback_hooks(self.trainer, "on_fit_end")
         call._call_lightning_module_hook(self.trainer, "on_fit_end")
 
+    def take_log(self) -> bytes | None:
+        """What the loggers were told in the unit just run, and before the first."""
+        return self._recording.take()
+
     def dump(self) -> dict[str, Any]:
         """The checkpoint that Lightning would save now; tensors are the live ones."""
+        self._data.lend(self.trainer)
         checkpoint: dict[str, Any] = self.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         return checkpoint
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint whose weights the module has already."""
+    def restore(self, checkpoint: dict[str, Any], names: groups.Names) -> None:
+        """Go on from a checkpoint whose weights the module has already, with these parameters in the optimizers."""
+        self._data.lend(self.trainer)
         connector = self.trainer._checkpoint_connector
         connector._loaded_checkpoint = checkpoint
-        connector.restore_callbacks()
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, self._get("callbacks").BaseFinetuning):
-                callback.on_fit_start(self.trainer, self.module)  # makes the parameter groups that the state has
-        connector.restore_training_state()
+        with hushed():
+            connector.restore_datamodule()
+            connector.restore_callbacks()
+            connector.restore_precision_plugin_state()
+            connector.restore_loops()
+            groups.load(self.module, self.trainer.optimizers, names, checkpoint["optimizer_states"])
+            connector.restore_lr_schedulers()
         connector._loaded_checkpoint = {}
-        for loop in (self._fit, self._epoch, self._epoch.automatic_optimization, self._epoch.val_loop):
+        epoch = self._epoch
+        for loop in (self._fit, epoch, epoch.automatic_optimization, epoch.manual_optimization, epoch.val_loop):
             loop.on_iteration_done()  # this is no restart: the loops go on where they were
 
     def call_module(self, hook: str, *args: Any) -> Any:
         """Call one of the module's hooks as Lightning does."""
         return self._get("trainer.call")._call_lightning_module_hook(self.trainer, hook, *args)
 
-    def overrides(self, hook: str) -> bool:
-        """Whether the module's class has this hook of its own."""
-        return bool(self._get("utilities.model_helpers").is_overridden(hook, self.module))
+    def overrides(self, *hooks: str) -> bool:
+        """Whether the module or a callback has one of these hooks of its own."""
+        found = self._get("utilities.model_helpers").is_overridden
+        owners = [self.module, *self.callbacks]
+        return any(hasattr(owner, hook) and found(hook, owner) for owner in owners for hook in hooks)
 
-    def dump_results(self) -> dict[str, Any]:
-        """What was logged so far: a checkpoint lacks it."""
+    @property
+    def callbacks(self) -> list[Any]:
+        """The callbacks that came with the trainable and the module."""
+        return [callback for callback in self.trainer.callbacks if callback is not self._watcher]
+
+    def dump_progress(self) -> dict[str, Any]:
+        """What was logged so far, and what else a checkpoint lacks."""
         connector = self._connector
         return {
+            "should_stop": self.trainer.should_stop and not self._fit._can_stop_early,  # and so is to stop later
+            "accumulate": self.trainer.accumulate_grad_batches,
             "epoch": results.dump(self._epoch._results),
+            "measured": dict(self._epoch.val_loop._seen_batches_per_dataloader),
             "first_iteration": connector._first_loop_iter,
             "current_hook": connector._current_fx,
             **{name: results.pack(getattr(connector, f"_{name}")) for name in _LOGGED},
         }
 
-    def restore_results(self, state: dict[str, Any]) -> None:
-        """Take up what `dump_results` gave."""
+    def restore_progress(self, state: dict[str, Any]) -> None:
+        """Take up what `dump_progress` gave."""
         connector, device = self._connector, self.trainer.strategy.root_device
+        self.trainer.should_stop, self.trainer.accumulate_grad_batches = state["should_stop"], state["accumulate"]
         module = self._get("trainer.connectors.logger_connector.result")
         results.restore(self._epoch._results, state["epoch"], module, self.trainer)
+        self._epoch.val_loop._seen_batches_per_dataloader.update(state["measured"])
         connector._first_loop_iter, connector._current_fx = state["first_iteration"], state["current_hook"]
         for name in _LOGGED:
             setattr(connector, f"_{name}", results.unpack(state[name], device))
         self._metrics = connector._callback_metrics = _Noted(connector._callback_metrics)
 
     @property
-    def accumulating(self) -> bool:
-        """Whether gradients wait for the optimizer's next step."""
-        return bool(self._fit._should_accumulate())
+    def gradients_count(self) -> bool:
+        """Whether the gradients that there are make a difference to the next batch."""
+        return bool(self._fit._should_accumulate()) or not self.module.automatic_optimization or self._gradients_seen
 
     @property
     def in_mid_epoch(self) -> bool:
@@ -143,23 +192,23 @@ class KeptTrainer:
         return bool(progress.ready > progress.completed)
 
     def close(self) -> None:
-        """Call the module's and the callbacks' `teardown`."""
+        """Call the module's and the callbacks' `teardown`; the DataModule's is the worker's to call."""
+        self.trainer.datamodule = None
         self._get("trainer.call")._call_teardown_hook(self.trainer)
 
     # Setting up.
 
     def _set_up(self, plan: Plan, trainer_kwargs: Mapping[str, Any]) -> Any:
         kwargs = copy.deepcopy(dict(trainer_kwargs))  # callbacks have state, and each trial needs its own
-        callbacks = kwargs.pop("callbacks", None) or []
+        given = callbacks.working(callbacks.as_list(kwargs.pop("callbacks", None)), type(self.module).__name__)
         trainer = import_module(self._host).Trainer(
             **_DEFAULTS
             | kwargs
             | _placement(plan.device)
             | {
                 "max_epochs": plan.epochs,
-                "callbacks": [self._watcher, *(callbacks if isinstance(callbacks, list) else [callbacks])],
-                # A module's `self.logger.experiment` works and goes nowhere.
-                "logger": self._get("loggers.logger").DummyLogger(),
+                "callbacks": [self._watcher, *given],
+                "logger": self._recording.loggers,
                 # A cluster's own environment is the coordinator's affair.
                 "plugins": self._get("plugins.environments").LightningEnvironment(),
             }
@@ -184,35 +233,19 @@ class KeptTrainer:
         return trainer
 
     def _check(self) -> None:
-        name = type(self.module).__name__
+        name, trainer = type(self.module).__name__, self.trainer
         mock = self._get("core.optimizer")._MockOptimizer  # stands in for none
-        count = sum(not isinstance(optimizer, mock) for optimizer in self.trainer.optimizers)
-        if count != 1:
-            raise NotTrainableError(f"{name}.configure_optimizers gave {count or 'no'} optimizers. {_VALID}")
-        self._check_parameters(name)
-        callbacks = self._get("callbacks")
-        for callback in self.trainer.callbacks:
-            for kind, reason in _REFUSED.items():
-                if isinstance(callback, getattr(callbacks, kind)):
-                    raise NotTrainableError(f"{name} is trained with the callback {type(callback).__name__}, {reason}")
-
-    def _check_parameters(self, name: str) -> None:
-        own = {id(parameter) for parameter in self.module.parameters()}
-        groups = [group["params"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        outside = [tuple(parameter.shape) for group in groups for parameter in group if id(parameter) not in own]
-        if outside:
-            raise NotTrainableError(
-                f"{name}.configure_optimizers gives the optimizer parameters that are not in the module, of shape "
-                f"{', '.join(map(str, outside))}; only the module's own hop: make them attributes of it "
-                "(of an nn.ParameterList, an nn.ModuleList or the module itself)."
-            )
+        if not any(not isinstance(optimizer, mock) for optimizer in trainer.optimizers):
+            raise NotTrainableError(f"{name}.configure_optimizers gave no optimizers. {_VALID}")
+        groups.names_of(self.module, trainer.optimizers)
+        trainer.callbacks[:] = callbacks.working(trainer.callbacks, name)  # with those that the module brings
 
     def _get(self, module: str) -> Any:
         return import_module(f"{self._host}.{module}")
 
     # Running.
 
-    def _feed(self, work: UnitWork, batches: int) -> Any:
+    def _feed(self, work: UnitWork) -> Any:
         """Make the loops see the unit's batches; return their fetcher."""
         trainer, epoch = self.trainer, self._epoch
         self._train.batches = work.train
@@ -223,13 +256,14 @@ class KeptTrainer:
         fetcher._start_profiler, fetcher._stop_profiler = epoch._on_before_fetch, epoch._on_after_fetch
         # Lightning validates after every `val_check_batch`-th batch of an epoch: after the unit's last one, or never.
         trainer.val_check_batch = trainer.num_training_batches + 1
+        epoch.val_loop._max_batches = [0]  # also where it would because training is to stop
         if work.validation is not None:
-            trainer.val_check_batch = done + batches
+            trainer.val_check_batch = done + len(work.train)
             self._validation.batches, self._validation.length = work.validation, len(work.validation)
             epoch.val_loop._max_batches = [len(work.validation)]
         return fetcher
 
-    def _advance(self, fetcher: Any) -> None:
+    def _advance(self, fetcher: Any, validates: bool) -> None:
         try:
             self._epoch.advance(fetcher)
         except StopIteration:
@@ -237,16 +271,21 @@ class KeptTrainer:
                 f"{type(self.module).__name__}.on_train_batch_start returned -1, which skips the rest of an epoch; "
                 "by hops every batch of every shard is trained."
             ) from None
+        kept = gradients(self.module) if validates and self.gradients_count else {}
         self._epoch.on_advance_end(fetcher)
+        if kept:  # a validation in mid-epoch, which a plain fit has not, may have let go of them
+            load_gradients(self.module, kept)
 
-    def _report(self, work: UnitWork, rows: Sequence[int]) -> dict[str, float]:
+    def _report(self, work: UnitWork, ended: bool) -> dict[str, float]:
         logged = {name: self._metrics[name] for name in self._metrics.written}
-        if not work.last:  # Lightning reduces what is logged per epoch only at its end: take the epoch so far
+        if not ended:  # Lightning reduces what is logged per epoch only at its end: take the epoch so far
             logged |= self._epoch._results.metrics(on_step=False)["callback"]
         metrics = {name: float(value) for name, value in logged.items() if value.numel() == 1}
-        loss = _weighted_mean(self._watcher.losses, rows) * self.trainer.accumulate_grad_batches
-        if "train_loss" not in metrics or not math.isfinite(loss):
-            metrics["train_loss"] = loss
+        loss = _weighted_mean(self._watcher.losses, work.train.sizes)
+        if loss is not None:
+            loss *= self.trainer.accumulate_grad_batches
+            if "train_loss" not in metrics or not math.isfinite(loss):
+                metrics["train_loss"] = loss
         return metrics
 
     @property
@@ -255,16 +294,6 @@ class KeptTrainer:
 
 
 _LOGGED = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
-
-_REFUSED = {
-    "EarlyStopping": "but which trial stops is the tuner's choice: leave it out.",
-    "Checkpoint": "but which checkpoints are kept is the tuner's choice: leave it out.",
-    "GradientAccumulationScheduler": "whose changes of accumulate_grad_batches do not hop: leave it out, and give "
-    'one number for all epochs: trainer_kwargs={"accumulate_grad_batches": ...}.',
-    "StochasticWeightAveraging": "whose averages and schedule do not hop: leave it out, and average in the module "
-    "itself, with a torch.optim.swa_utils.AveragedModel as part of it that on_train_batch_end updates.",
-}
-"""Callbacks that cannot hop, and what to do instead."""
 
 _DEFAULTS: dict[str, Any] = {
     "enable_checkpointing": False,
@@ -308,47 +337,18 @@ class _Noted(dict[str, Any]):
         super().update(values)
 
 
-def _make_watcher(base: type) -> Any:
-    """The callback that keeps a unit's losses and times its validation; `base` is the Callback of either package."""
-
-    class Watcher(base):  # type: ignore[misc]  # known only when the module's class is
-        losses: list[torch.Tensor | None]
-
-        @contextmanager
-        def unit(self, work: UnitWork) -> Iterator[None]:
-            self._validating, self.losses = work.validating, []
-            with ExitStack() as self._open:
-                yield
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self.losses.append(outputs.get("loss"))
-            if trainer.should_stop:
-                raise NotTrainableError(
-                    f"{type(pl_module).__name__} or one of its callbacks set trainer.should_stop; "
-                    "which trial stops is the tuner's choice."
-                )
-
-        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-            self._open.enter_context(self._validating())
-
-        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-            self._open.close()
-
-    return Watcher()
-
-
 def _raiser(error: BaseException) -> str:
     """The name of the module whose code raised."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return str(frames[-1][0].f_globals["__name__"])
 
 
-def _weighted_mean(losses: Sequence[torch.Tensor | None], rows: Sequence[int]) -> float:
-    """The mean over rows; a batch whose `training_step` returned None has no loss and does not count."""
-    counted = [(loss, n) for loss, n in zip(losses, rows, strict=True) if loss is not None]
+def _weighted_mean(losses: Sequence[torch.Tensor | None], rows: Sequence[int]) -> float | None:
+    """The mean over rows; a batch whose `training_step` gave no loss does not count, and None if no batch has one."""
+    counted = [(loss, n) for loss, n in zip(losses, rows, strict=False) if loss is not None]
     if not counted:
-        return math.nan
-    values = torch.stack([loss.reshape(()).float() for loss, _ in counted]).tolist()  # one wait for the device
+        return None
+    values = torch.stack([loss.float().mean() for loss, _ in counted]).tolist()  # one wait for the device
     return math.fsum(value * n for value, (_, n) in zip(values, counted, strict=True)) / sum(n for _, n in counted)
 
 

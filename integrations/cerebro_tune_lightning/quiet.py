@@ -18,15 +18,24 @@ _NOISE = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what Lightning says about a Trainer that is not the user's."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), hushed():
         for message in _NOISE:
             warnings.filterwarnings("ignore", message)
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Without what Lightning's loggers have to tell.
+
+    Warnings are left alone: to change their filters and back makes Python forget which of them it has shown.
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -11,11 +11,18 @@ from cerebro_tune.seeding import seed_unit, seed_validation
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
+
+    Callbacks = (Callback,)
 else:
-    Callback = import_module("pytorch_lightning" if find_spec("pytorch_lightning") else "lightning.pytorch").Callback
+    # A Trainer takes only callbacks of its own package, and both packages may be installed.
+    Callbacks = tuple(
+        import_module(package).Callback
+        for package in ("pytorch_lightning", "lightning.pytorch")
+        if find_spec(package.partition(".")[0])
+    )
 
 
-class ReseedCallback(Callback):
+class ReseedCallback(*Callbacks):  # type: ignore[misc]
     """Seeds the generators where the units of a trial did; the first of a plain Trainer's callbacks.
 
     With the trial's batches from `cerebro_tune.seeding.VisitLoader`, which seeds at each shard, and the trial's initial
@@ -45,7 +52,7 @@ class ReseedCallback(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed as the validation after the epoch's last unit does."""
-        if not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             epoch = trainer.current_epoch
             seed_validation(self.seed, self.trial_index, epoch, self.last[epoch])
 

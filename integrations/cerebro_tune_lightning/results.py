@@ -110,6 +110,11 @@ def is_metric(part: nn.Module) -> bool:
     return isinstance(part, Metric | MetricCollection)
 
 
+def has_metrics(part: nn.Module) -> bool:
+    """Whether a module is of torchmetrics or has such parts."""
+    return any(is_metric(inner) for inner in part.modules())
+
+
 def _metrics(module: nn.Module) -> Iterator[tuple[str, Metric]]:
     return ((name, part) for name, part in module.named_modules() if isinstance(part, Metric))
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from cerebro_tune.errors import ConfigurationError, NotTrainableError
 from cerebro_tune.trainable import Config, Recipe, Trainable
-from cerebro_tune_lightning import checkpoint, construct
+from cerebro_tune_lightning import callbacks, checkpoint, construct
+from cerebro_tune_lightning.loggers import TrialLoggers
 
 _VALID_KWARGS = (
     "accumulate_grad_batches",
@@ -16,20 +17,27 @@ _VALID_KWARGS = (
     "callbacks",
     "detect_anomaly",
     "deterministic",
+    "enable_autolog_hparams",
     "gradient_clip_algorithm",
     "gradient_clip_val",
     "log_every_n_steps",
+    "logger",
+    "min_epochs",
+    "min_steps",
     "precision",
 )
-_OFF_ANYWAY = (
-    "enable_checkpointing",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "fast_dev_run",
-    "logger",
-    "num_sanity_val_steps",
-)
+_IDLE_KWARGS = ("enable_checkpointing", "enable_model_summary", "enable_progress_bar", "num_sanity_val_steps")
+"""Arguments of the Trainer that make no difference in a worker, which shows nothing and saves what it is told to."""
+_OFF_ANYWAY = ("fast_dev_run", "max_time", "reload_dataloaders_every_n_epochs")
 """Arguments of the Trainer that are accepted when they turn something off."""
+_INSTEAD = {
+    "max_epochs": "give epochs to the executor or to the config",
+    "max_time": "a trial's time is spread over workers and pauses: limit the epochs, or let the tuner stop trials",
+    "reload_dataloaders_every_n_epochs": "shards stay where they are for the whole run: let what changes from epoch to "
+    "epoch happen in the Dataset's __getitem__ or in the module",
+    "strategy": "a worker has one device: leave it out, and trials train side by side on all of them",
+}
+"""What to do instead of giving an argument of the Trainer."""
 
 
 def namespace(cls: type) -> str | None:
@@ -42,13 +50,22 @@ def namespace(cls: type) -> str | None:
 
 
 class LightningTrainable(Recipe):
-    """Any LightningModule with automatic optimization and one optimizer, as something that trains by hops.
+    """Any LightningModule as something that trains by hops.
 
     Args:
         make_module: A LightningModule class, called with the config as keywords (or as one mapping, where that is what
             it takes), or a function of the config that returns a module.
         batch_size: Rows per batch; a `batch_size` in a config that the module does not take itself wins.
-        trainer_kwargs: Arguments of the Trainer, such as precision, gradient_clip_val, accumulate_grad_batches.
+        trainer_kwargs: Arguments of the Trainer, such as precision, gradient_clip_val, accumulate_grad_batches,
+            callbacks. Plain attributes of callbacks hop as those of the module do. Progress bars, summaries and
+            checkpoint callbacks do nothing in a worker; `checkpoint_callback` is the first ModelCheckpoint among them.
+            `logger` is a CSVLogger or TensorBoardLogger, of which each trial gets a version named by its id; a
+            function that makes the logger of a trial from its id; True for Lightning's default; or a list of these.
+            Trials are logged where `fit` is called, a unit at a time when it is committed, and with
+            `report_every="unit"` what is validated in mid-epoch, too. What a module writes through
+            `self.logger.experiment` goes nowhere, since the file or run is not in the worker.
+        loader: Settings for loading, as `Cerebro` takes them; each wins over the executor's.
+        datamodule: A LightningDataModule to train on, for an executor that was made without data.
     """
 
     suffix = ".ckpt"
@@ -58,23 +75,38 @@ class LightningTrainable(Recipe):
         make_module: Callable[..., Any],
         batch_size: int | None = None,
         trainer_kwargs: Mapping[str, Any] | None = None,
+        loader: Mapping[str, Any] | None = None,
+        datamodule: Any = None,
     ) -> None:
-        self.make_module, self.batch_size, self.trainer_kwargs = make_module, batch_size, dict(trainer_kwargs or {})
+        self.make_module, self.batch_size, self.loader = make_module, batch_size, dict(loader or {})
+        self.datamodule = datamodule
+        self.trainer_kwargs = {name: v for name, v in (trainer_kwargs or {}).items() if name not in _IDLE_KWARGS}
         self.name = getattr(make_module, "__name__", type(make_module).__name__).replace("<lambda>", "module")
         self._class = make_module if isinstance(make_module, type) else None
-        refused = [
-            name
-            for name, value in self.trainer_kwargs.items()
-            if name not in _VALID_KWARGS and not (name in _OFF_ANYWAY and not value)
-        ]
-        if refused:
-            raise ConfigurationError(
-                f"trainer_kwargs has {', '.join(sorted(refused))}, which the executor decides. "
-                f"Valid are {', '.join(_VALID_KWARGS)}."
-            )
+        self._check_kwargs()
+        self.loggers = TrialLoggers(self.trainer_kwargs.pop("logger", None))
+        given = callbacks.as_list(self.trainer_kwargs.get("callbacks"))
+        callbacks.working(given, self.name)
+        self.checkpoint_callback = callbacks.checkpoint_callback(given)
         self.accumulate = int(self.trainer_kwargs.get("accumulate_grad_batches", 1))
         if self.accumulate < 1:
             raise ConfigurationError(f"accumulate_grad_batches is {self.accumulate}; it must be at least 1.")
+
+    def _check_kwargs(self) -> None:
+        refused = sorted(
+            name
+            for name, value in self.trainer_kwargs.items()
+            if name not in _VALID_KWARGS and not (name in _OFF_ANYWAY and not value)
+        )
+        if refused:
+            instead = "".join(f" Instead of {name}: {_INSTEAD[name]}." for name in refused if name in _INSTEAD)
+            raise ConfigurationError(
+                f"trainer_kwargs has {', '.join(refused)}, which the executor decides. "
+                f"Valid are {', '.join(_VALID_KWARGS)}.{instead}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"datamodule": None}  # it travels with the data
 
     def create(self) -> Trainable:  # noqa: D102
         from cerebro_tune_lightning.trial import LightningTrial
@@ -84,6 +116,12 @@ class LightningTrainable(Recipe):
     def export(self, state: dict[str, Any], path: Path) -> None:
         """Write a `.ckpt` that `load_from_checkpoint` and `torch.load(weights_only=True)` open."""
         checkpoint.export(state, path)
+
+    def log(self, trial_id: str, config: Config, logged: Any) -> None:  # noqa: D102
+        self.loggers.hear(trial_id, logged)
+
+    def end_log(self, trial_id: str, status: str) -> None:  # noqa: D102
+        self.loggers.end(trial_id, status)
 
     def takes(self, key: str) -> bool:  # noqa: D102
         return self._class is not None and construct.takes(self._class, key)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+from cerebro_tune.adopt import gradients, load_gradients, load_model, unlisted
 from cerebro_tune.attributes import Attributes, modules_of
-from cerebro_tune.data.order import batch_sizes
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.trainable import Config, Plan, Trainable, UnitWork, change_optimizers, note_groups
-from cerebro_tune_lightning import carry, results
+from cerebro_tune_lightning import carry, groups, results
 from cerebro_tune_lightning.checkpoint import EXTRAS, make_safe
 from cerebro_tune_lightning.loops import KeptTrainer
 from cerebro_tune_lightning.trainable import LightningTrainable, namespace
@@ -25,53 +26,77 @@ class LightningTrial(Trainable):
         self._config, self._plan = config, plan
         self.module = self._recipe.build(config)
         host = namespace(type(self.module)) or ""
-        self._kept = KeptTrainer(self.module, host, plan, self._recipe.trainer_kwargs)
+        kwargs, loggers = self._recipe.trainer_kwargs, self._recipe.loggers.recorded
+        self._kept = KeptTrainer(self.module, host, plan, kwargs, loggers)
         self._note_fresh_groups()
         private = vars(import_module(host).LightningModule())
-        self._attributes = Attributes(lambda: modules_of(self.module, skip=results.is_metric), private)
+        callbacks = [(f"callbacks[{i}].{type(each).__name__}", each) for i, each in enumerate(self._kept.callbacks)]
+        self._asides = carry.Asides(self.module, [*modules_of(self.module), *callbacks])
+        self._attributes = Attributes(lambda: self._owners(callbacks), private)
+        self._hooked = self._kept.overrides("on_load_checkpoint", "load_state_dict")
 
     @property
     def trainer(self) -> Any:
         """The Trainer that is kept."""
         return self._kept.trainer
 
+    @property
+    def callbacks(self) -> list[Any]:
+        """The callbacks that came with the trainable and the module."""
+        return self._kept.callbacks
+
+    @property
+    def should_stop(self) -> bool:  # noqa: D102
+        return self._kept.should_stop
+
     def run_unit(self, work: UnitWork) -> dict[str, float]:  # noqa: D102
-        rows = batch_sizes(self._plan.shard_rows[work.shard], self._plan.batch_size, self._plan.last_batch)
-        return self._kept.run(work, rows)
+        self._begin()
+        return self._kept.run(work)
+
+    def take_log(self) -> bytes | None:  # noqa: D102
+        return self._kept.take_log()
 
     def state_dict(self) -> dict[str, Any]:
         """A Lightning checkpoint; what it lacks is under the key "cerebro_tune"."""
         tree = self._kept.dump()
         self._add_hyper_parameters(tree)
-        tree["hyper_parameters"], left_out = make_safe(tree["hyper_parameters"])
+        left_out = []
+        for key in tree.keys() & {"hyper_parameters", "datamodule_hyper_parameters"}:
+            tree[key], unsafe = make_safe(tree[key])
+            left_out += [f"{key}.{name}" for name in unsafe]
         tree[EXTRAS] = {
             "left_out": left_out,
             "flags": carry.flags(self.module),
-            "results": self._kept.dump_results(),
+            "progress": self._kept.dump_progress(),
             "metrics": results.dump_metrics(self.module),
             "attributes": self._attributes.dump(),
-            "tensors": carry.unlisted(self.module, tree["state_dict"]),
+            "tensors": unlisted(self.module, tree["state_dict"]),
+            "asides": self._asides.dump(),
+            "groups": groups.names_of(self.module, self.trainer.optimizers),
             "batch_size": self._plan.batch_size,
             "first_rates": self._first_rates,
-            "gradients": carry.gradients(self.module) if self._kept.accumulating else {},
+            "gradients": gradients(self.module) if self._kept.gradients_count else {},
         }
         return tree
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         tree = dict(state)
         extras = tree.pop(EXTRAS)
-        self._kept.begin()
-        weights = dict(tree["state_dict"])
-        carry.take_up(self.module, weights, extras["tensors"])
-        put = self._call_load_hook(tree)
-        carry.load_weights(self.module, weights, extras["tensors"], tree["state_dict"])
+        self._begin()
+        if self._hooked:  # which Lightning calls on a fresh build
+            self._attributes.load({})
+        saved = dict(tree["state_dict"])
+        hook = partial(self._call_load_hook, tree) if self._kept.overrides("on_load_checkpoint") else None
+        load_model(self.module, saved, extras["tensors"], hook, bool(self.module.strict_loading))
         carry.load_flags(self.module, extras["flags"])
-        carry.load_gradients(self.module, extras["gradients"])
+        load_gradients(self.module, extras["gradients"])
         results.restore_metrics(self.module, extras["metrics"])
+        self._asides.load(extras["asides"])
+        self._kept.restore(tree, extras["groups"])
+        self._kept.restore_progress(extras["progress"])
+        put = self._attributes.dump() if self._hooked else {}
         carried = extras["attributes"]
         self._attributes.load({name: put.get(name, {}) | carried.get(name, {}) for name in {*put, *carried}})
-        self._kept.restore(tree)
-        self._kept.restore_results(extras["results"])
         self._first_rates = extras["first_rates"]
         self._check_batch_size(extras["batch_size"])
 
@@ -121,13 +146,21 @@ class LightningTrial(Trainable):
         for group in lent:
             group.pop("initial_lr", None)
 
-    def _call_load_hook(self, tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Call `on_load_checkpoint` on a fresh build's attributes, as Lightning does; return what it put into them."""
-        if not self._kept.overrides("on_load_checkpoint"):
-            return {}
-        self._attributes.load({})
+    def _begin(self) -> None:
+        if self._kept.begin():
+            self._attributes.settle()
+            self._asides.settle()
+
+    def _owners(self, callbacks: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """All whose plain attributes hop."""
+        asides = [part for name, aside in self._asides.held() for part in modules_of(aside, results.is_metric, name)]
+        hparams = [("hparams", _Items(self.module.hparams))] if isinstance(self.module.hparams, dict) else []
+        return [*modules_of(self.module, results.is_metric), *hparams, *asides, *callbacks]
+
+    def _call_load_hook(self, tree: dict[str, Any]) -> Any:
+        """Call the module's `on_load_checkpoint`; return the state dict as that left it."""
         self._kept.call_module("on_load_checkpoint", tree)
-        return self._attributes.dump()
+        return tree["state_dict"]
 
     def _check_batch_size(self, trained_with: int) -> None:
         """Refuse to go on in mid-epoch with batches of another size: how many are left is not a whole number then."""
@@ -139,8 +172,16 @@ class LightningTrial(Trainable):
 
     def _add_hyper_parameters(self, tree: dict[str, Any]) -> None:
         """Give the checkpoint hyper-parameters; the config stands in where the module's class saves none."""
-        tree.pop("hparams_type", None)  # a class of OmegaConf's, where the hyper-parameters are no dict
+        for key in ("hparams_type", "datamodule_hparams_type"):
+            tree.pop(key, None)  # a class of OmegaConf's, where the hyper-parameters are no dict
         if "hyper_parameters" not in tree:
             name, tree["hyper_parameters"] = self._recipe.hyper_parameters(self._config)
             if name is not None:
                 tree["hparams_name"] = name
+
+
+class _Items:
+    """The items of a dict as attributes of an object."""
+
+    def __init__(self, items: dict[str, Any]) -> None:
+        self.__dict__ = items

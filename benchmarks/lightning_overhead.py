@@ -1,0 +1,156 @@
+"""What a unit costs through Lightning, beyond what the same batches cost inside one long `Trainer.fit`.
+
+One trial on 2 local workers with pinned shards, so that units hop, validated after each; and a plain fit over the same
+batches, which validates as often and on the same rows. The two take turns. A figure is the median over a run's units of
+the wall clock from report to report, and from shard to shard; the bar is on the median difference of the runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from _report import Report
+from cerebro_tune import Cerebro, Decision, ShardedDataset, TrialResult, VisitLoader
+from cerebro_tune.arguments import cores
+from cerebro_tune.data import BatchForm
+from cerebro_tune_lightning import LightningTrainable, ReseedCallback
+
+SHARDS, EPOCHS, BATCH, BATCHES = 8, 5, 32, 10
+WARM_UP = 3  # units in which the workers build the module, and the plain fit its loops
+RUNS = 7
+
+
+class Net(pl.LightningModule):
+    """0.3 million parameters; with AdamW's, 4 MB of state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+
+class Reports:
+    """Notes when each report is made."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_report(self, trial_id: str, report: Any) -> Decision:
+        self.times.append(perf_counter())
+        return Decision.CONTINUE
+
+    def on_end(self, result: TrialResult) -> None:
+        self.result = result
+
+
+class Shards(pl.Callback):
+    """Notes when a plain fit is through with the batches of each shard, and has validated."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.times.append(perf_counter())
+
+
+class InOrder:
+    """The validation set as the workers read it."""
+
+    def __init__(self, dataset: ShardedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return math.ceil(self.dataset.num_rows / BATCH)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.dataset.batches_of(BATCH, BatchForm(), None)
+
+
+def table(rows: int) -> pa.Table:
+    rng = np.random.default_rng(rows)
+    x = pa.FixedSizeListArray.from_arrays(rng.normal(size=rows * 64).astype("float32"), 64)
+    return pa.table({"x": x, "y": rng.integers(0, 10, rows)})
+
+
+def by_hops(cerebro: Cerebro) -> tuple[list[float], TrialResult]:
+    reports = Reports()
+    run = cerebro.run(LightningTrainable(Net), reports, metric="val_loss")
+    run.add({})
+    run.end_search()
+    cerebro.drive(run)
+    assert reports.result.error is None, reports.result.error
+    return reports.times, reports.result
+
+
+def plain(train: ShardedDataset, validation: ShardedDataset, result: TrialResult) -> list[float]:
+    shards = Shards()
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", val_check_interval=BATCHES, num_sanity_val_steps=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[ReseedCallback(0, 0, result.visits), shards],
+    )  # fmt: skip
+    trainer.fit(Net(), VisitLoader(train, result.visits, batch_size=BATCH), InOrder(validation))
+    return shards.times
+
+
+def unit_ms(times: list[float]) -> list[float]:
+    assert len(times) == SHARDS * EPOCHS
+    return [(after - before) * 1e3 for before, after in pairwise(times)][WARM_UP:]
+
+
+def main() -> int:
+    torch.set_num_threads(max(1, len(cores()) // 2))  # as many as each of two workers has
+    logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # torch to Lightning
+    hopped, straight = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        train = ShardedDataset.write(table(SHARDS * BATCHES * BATCH), f"{folder}/train", num_shards=SHARDS)
+        validation = ShardedDataset.write(table(4 * BATCH), f"{folder}/validation", num_shards=1)
+        with Cerebro(
+            train, validation, epochs=EPOCHS, batch_size=BATCH, workers=2, devices="cpu", placement="pinned",
+            validation_rows="all", run_dir=f"{folder}/runs", progress=False,
+        ) as cerebro:  # fmt: skip
+            for _ in range(RUNS):
+                times, result = by_hops(cerebro)
+                hopped.append(unit_ms(times))
+                straight.append(unit_ms(plain(train, validation, result)))
+    pairs = list(zip(hopped, straight, strict=True))[1:]
+    report = Report(f"A unit of {BATCHES} batches and {len(InOrder(validation))} of validation, 4 MB of state:")
+    report.add("by hops", statistics.median(statistics.median(one) for one, _ in pairs), None, "ms")
+    report.add("in one long fit", statistics.median(statistics.median(other) for _, other in pairs), None, "ms")
+    beyond = [statistics.median(one) - statistics.median(other) for one, other in pairs]
+    report.add("what hopping adds to a unit", statistics.median(beyond), 10, "ms")
+    means = [statistics.mean(one) - statistics.mean(other) for one, other in pairs]
+    report.add("the same, mean with epochs' ends and checkpoints", statistics.median(means), None, "ms")
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

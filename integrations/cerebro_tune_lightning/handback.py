@@ -1,0 +1,135 @@
+"""What became of a fit, back in the user's own module, callbacks and Trainer, as a fit leaves them.
+
+Private to Lightning, see `versions`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from cerebro_tune.results import TrialResult
+from cerebro_tune.trainable import Plan
+from cerebro_tune_lightning import callbacks, told
+from cerebro_tune_lightning.trainable import LightningTrainable
+from cerebro_tune_lightning.trial import LightningTrial
+
+_ONE_AT_A_TIME = Lock()
+"""Fits end in several threads; warning filters, the DataModule that is set up, and file names are everybody's."""
+
+
+class HandBack:
+    """Fills in a Trainer that was asked for a fit; `given` are the arguments of its `_fit_impl`."""
+
+    def __init__(self, trainer: Any, host: str, given: Mapping[str, Any]) -> None:
+        self.trainer, self._host, self._given = trainer, host, given
+        self._working = told.working_callbacks(trainer)
+
+    def take_up(self, state: dict[str, Any], plan: Plan, result: TrialResult) -> None:
+        """Load the trial's last state into the user's own module, callbacks and Trainer."""
+        trainer, module = self.trainer, self._given["model"]
+        kwargs = told.trainer_kwargs(trainer, self._working)
+        with _ONE_AT_A_TIME:
+            trial = LightningTrial(LightningTrainable(lambda _: module, trainer_kwargs=kwargs))
+            trial.start({}, replace(plan, accumulate=int(kwargs["accumulate_grad_batches"])))
+            trial.load_state_dict(_on_its_own(state))
+            if (datamodule := self._given.get("datamodule")) is not None:
+                datamodule.load_state_dict(trial.trainer.datamodule.state_dict())
+            trial.close()
+            trainer.strategy.connect(module)
+            trainer._callback_connector._attach_model_callbacks()
+            self._copy_callbacks(trial)
+            self._copy_progress(trial.trainer)
+            self._note_checkpoints(result)
+
+    def close(self, stopped: bool) -> None:
+        """Leave the Trainer as one that has fitted, with the data of the fit attached to it."""
+        trainer = self.trainer
+        trainer._data_connector.attach_data(
+            self._given["model"],
+            **{name: self._given.get(name) for name in ("train_dataloaders", "val_dataloaders", "datamodule")},
+        )
+        trainer.should_stop = trainer.should_stop or stopped
+        trainer.training = False
+        trainer.state.status = import_module(f"{self._host}.trainer.states").TrainerStatus.FINISHED
+        trainer.state.stage = None
+
+    def _copy_callbacks(self, trial: LightningTrial) -> None:
+        instead = {id(trial.trainer): self.trainer}
+        for mine, theirs in zip(told.working_callbacks(self.trainer), trial.callbacks, strict=True):
+            found = {name: instead.get(id(value), value) for name, value in vars(theirs).items()}
+            found.pop("_restarting", None)  # with which Lightning's own note that a checkpoint was loaded into them
+            vars(mine).update(found)
+
+    def _copy_progress(self, kept: Any) -> None:
+        trainer, fit = self.trainer, self.trainer.fit_loop
+        trainer.strategy.optimizers = kept.optimizers
+        trainer.strategy.lr_scheduler_configs = kept.lr_scheduler_configs
+        fit.min_epochs, fit.max_epochs, fit.max_batches = (
+            kept.fit_loop.min_epochs, kept.fit_loop.max_epochs, kept.fit_loop.max_batches
+        )  # fmt: skip
+        fit.load_state_dict(kept.fit_loop.state_dict())
+        fit.epoch_loop._batches_that_stepped = kept.fit_loop.epoch_loop._batches_that_stepped
+        for loop in (fit, fit.epoch_loop, fit.epoch_loop.val_loop):
+            loop.on_iteration_done()  # this is no restart
+        for name in ("callback_metrics", "logged_metrics", "progress_bar_metrics"):
+            setattr(trainer._logger_connector, f"_{name}", dict(getattr(kept, name)))
+        trainer.accumulate_grad_batches, trainer.should_stop = kept.accumulate_grad_batches, kept.should_stop
+
+    def _note_checkpoints(self, result: TrialResult) -> None:
+        """Fill in every ModelCheckpoint; where it has a folder of its own, its files are copied there."""
+        if result.checkpoint is None or result.last_checkpoint is None:
+            return
+        last = result.last_checkpoint, result.last_metrics
+        # Of an executor with keep="last" the checkpoint is that of the last state; metrics that go with it are, too.
+        best = (result.checkpoint, result.metrics) if result.checkpoint != result.last_checkpoint else last
+        for saver in filter(None, (callbacks.checkpoint_callback([each]) for each in self.trainer.callbacks)):
+            path, metrics = last if saver.monitor is None else best
+            if saver.save_top_k:
+                score = metrics.get(saver.monitor)
+                saver.best_model_path = _placed(saver, path, metrics)
+                if score is not None:
+                    saver.current_score = saver.best_model_score = saver.kth_value = torch.tensor(score)
+                    saver.best_k_models = {saver.best_model_path: saver.best_model_score}
+                    saver.kth_best_model_path = saver.best_model_path
+            if saver.save_last:  # which is of what was saved last: of one that keeps the best only, that
+                kept = (path, metrics) if saver.save_top_k == 1 else last
+                saver.last_model_path = _placed(saver, *kept, saver.CHECKPOINT_NAME_LAST)
+
+
+def _placed(saver: Any, path: Path, metrics: Mapping[str, Any], name: str | None = None) -> str:
+    """Where the ModelCheckpoint has the file: in its own folder, if it was given one on this machine."""
+    if saver.dirpath is None or "://" in str(saver.dirpath):
+        return str(path)
+    values = {key: torch.tensor(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    # Lightning counts the epoch that a checkpoint is saved in as not over yet.
+    values["epoch"] = torch.tensor(math.ceil(metrics["epoch"]) - 1)
+    values["step"] = torch.tensor(torch.load(path, weights_only=True, mmap=True)["global_step"])
+    target, version = Path(saver.format_checkpoint_name(values, name)), 0
+    while target.exists():
+        version += 1
+        target = Path(saver.format_checkpoint_name(values, name, ver=version))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return str(shutil.copy(path, target))
+
+
+def _on_its_own(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with memory for each tensor, so that a part of it can be kept, or saved, without the rest."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def own(tensor: Tensor) -> Tensor:
+        place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        return copies.setdefault(place, tensor.clone())
+
+    copied: dict[str, Any] = tree_map_only(Tensor, own, state)
+    return copied

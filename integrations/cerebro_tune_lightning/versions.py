@@ -1,0 +1,93 @@
+"""Which Lightning this package knows from the inside: what is used of it beyond its public face, and the tested range.
+
+`strategy` takes a fit over, `handback` writes into the Trainer, `loops` and `results` enter the loops. All of it is
+looked up here once per process, by name and parameters, so that a Lightning that is built otherwise is refused in a
+sentence and not found out in the middle of a fit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from functools import cache, reduce
+from importlib import import_module
+from typing import Any
+
+from cerebro_tune.errors import MissingHostError
+
+TESTED = "2.6.0 to 2.6.6"
+_NEWEST = (2, 6)
+
+_USED: dict[str, tuple[str, ...]] = {
+    "callbacks.ModelCheckpoint.format_checkpoint_name": ("metrics",),
+    "callbacks.ModelCheckpoint._get_metric_interpolated_filepath_name": ("monitor_candidates", "trainer"),
+    "core.optimizer._MockOptimizer": (),
+    "loops.fit_loop._FitLoop.on_advance_end": (),
+    "loops.fit_loop._FitLoop.on_advance_start": (),
+    "loops.fit_loop._FitLoop.on_run_end": (),
+    "loops.fit_loop._FitLoop.on_run_start": (),
+    "loops.fit_loop._FitLoop.reset": (),
+    "loops.loop._Loop.load_state_dict": ("state_dict",),
+    "loops.loop._Loop.on_iteration_done": (),
+    "loops.training_epoch_loop._TrainingEpochLoop.advance": ("data_fetcher",),
+    "loops.training_epoch_loop._TrainingEpochLoop.on_advance_end": ("data_fetcher",),
+    "loops.training_epoch_loop._TrainingEpochLoop.reset": (),
+    "strategies.launchers.launcher._Launcher.launch": ("function",),
+    "strategies.strategy.Strategy._configure_launcher": (),
+    "trainer.call._call_callback_hooks": ("trainer", "hook_name"),
+    "trainer.call._call_lightning_module_hook": ("trainer", "hook_name"),
+    "trainer.call._call_teardown_hook": ("trainer",),
+    "trainer.connectors.callback_connector._CallbackConnector._attach_model_callbacks": (),
+    "trainer.connectors.checkpoint_connector._CheckpointConnector.dump_checkpoint": ("weights_only",),
+    "trainer.connectors.checkpoint_connector._CheckpointConnector.restore_callbacks": (),
+    "trainer.connectors.checkpoint_connector._CheckpointConnector.restore_loops": (),
+    "trainer.connectors.checkpoint_connector._CheckpointConnector.restore_lr_schedulers": (),
+    "trainer.connectors.data_connector._DataConnector.attach_data": (
+        "model", "train_dataloaders", "val_dataloaders", "datamodule",
+    ),
+    "trainer.connectors.logger_connector.result._Metadata": ("fx", "name"),
+    "trainer.connectors.logger_connector.result._ResultMetric": ("metadata", "is_tensor"),
+    "trainer.connectors.logger_connector.result._Sync": (),
+    "trainer.trainer.Trainer._fit_impl": (
+        "model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path",
+    ),
+    "trainer.trainer.Trainer._run_stage": (),
+    "utilities.model_helpers.is_overridden": ("method_name", "instance"),
+}  # fmt: skip
+"""Where each lies below the host's package, and parameters that it must have."""
+
+
+@cache
+def check(host: str) -> None:
+    """Look at `pytorch_lightning` or `lightning.pytorch` once: MissingHostError for one that cannot work.
+
+    One that is newer than the tested ones, and has all that is used, is warned about.
+    """
+    version = str(import_module(host).__version__)
+    lacking = [where for where, parameters in _USED.items() if not _has(host, where, parameters)]
+    if lacking:
+        raise MissingHostError(
+            f"{host} {version} lacks {', '.join(lacking)}, as this package uses it; it works with {TESTED}: "
+            f'pip install "{host.partition(".")[0].replace("_", "-")}>=2.6,<2.7".'
+        )
+    if tuple(int(part) for part in version.split(".")[:2]) > _NEWEST:
+        warnings.warn(
+            f"{host} {version} is newer than what cerebro_tune_lightning is tested with, {TESTED}: "
+            "compare a trial with a plain Trainer.fit before you rely on it (cerebro_tune.verify_hop).",
+            stacklevel=2,
+        )
+
+
+def _has(host: str, where: str, parameters: tuple[str, ...]) -> bool:
+    try:
+        found = _find(host, where)
+    except (AttributeError, ModuleNotFoundError):
+        return False
+    return set(parameters) <= inspect.signature(found).parameters.keys()
+
+
+def _find(host: str, where: str) -> Any:
+    """The object at a dotted path whose first capital, or leading underscore, is where the modules end."""
+    parts = where.split(".")
+    end = next((i for i, part in enumerate(parts) if part != part.lower() or part.startswith("_")), len(parts) - 1)
+    return reduce(getattr, parts[end:], import_module(".".join([host, *parts[:end]])))
