@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import time
 from types import TracebackType
@@ -34,11 +33,11 @@ from cerebro_tune.policy import Policy
 from cerebro_tune.progress import make_progress
 from cerebro_tune.results import Results, TrialResult
 from cerebro_tune.run import Run
-from cerebro_tune.settings import Report, RunSettings, Tuner
+from cerebro_tune.settings import RunSettings, TrainAll, Tuner
 from cerebro_tune.sharedrun import Caller, SharedRun
+from cerebro_tune.signals import interruptible
 from cerebro_tune.store import BufferRef, StateStore
 from cerebro_tune.trainable import Config, Plan, Recipe, as_recipe
-from cerebro_tune.units import Decision
 from cerebro_tune.workers.base import Workers, make_workers, ship
 from cerebro_tune.workers.messages import RunSpec
 
@@ -249,7 +248,7 @@ class Cerebro:
             raise ConfigurationError(
                 "configs is empty: there is nothing to train. Without hyperparameters leave it out."
             )
-        run = self.run(trainable, _TrainAll(), metric=metric, mode=mode)
+        run = self.run(trainable, TrainAll(), metric=metric, mode=mode)
         try:
             for config in chosen:
                 run.add(config)
@@ -257,7 +256,7 @@ class Cerebro:
         except BaseException:
             self._end(run)
             raise
-        with _interruptible(run):
+        with interruptible(run):
             results = self.drive(run)
         if self._progress is not False:
             # Workers of the inline backend take turns: that they idle is no news.
@@ -282,7 +281,7 @@ class Cerebro:
         """
         recipe = as_recipe(trainable)
         return self._shared.train(
-            self, recipe, dict(config or {}), caller or Caller(_TrainAll().on_report), metric, mode
+            self, recipe, dict(config or {}), caller or Caller(TrainAll().on_report), metric, mode
         )
 
     def run(self, trainable: Any, tuner: Tuner, *, metric: str | None = None, mode: str = "min") -> Run:
@@ -394,32 +393,3 @@ class _Grower:
     def grow(self, trial: str, nbytes: int) -> BufferRef:
         assert self.run is not None, "a worker runs a unit, and there is no run"
         return self.run.grow(trial, nbytes)
-
-
-class _TrainAll:
-    """The tuner of `fit`: everything goes on to its end."""
-
-    def on_report(self, trial_id: str, report: Report) -> Decision:
-        return Decision.CONTINUE
-
-    def on_end(self, result: TrialResult) -> None:
-        return
-
-
-@contextmanager
-def _interruptible(run: Run) -> Iterator[None]:
-    """Let the first Ctrl-C end the run with its results, and a second one interrupt as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        run.interrupt()
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

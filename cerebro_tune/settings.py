@@ -27,6 +27,16 @@ class Tuner(Protocol):
         """A trial has ended; its checkpoints are written."""
 
 
+class TrainAll:
+    """The tuner of `fit`: everything goes on to its end."""
+
+    def on_report(self, trial_id: str, report: Report) -> Decision:  # noqa: D102
+        return Decision.CONTINUE
+
+    def on_end(self, result: TrialResult) -> None:  # noqa: D102
+        return
+
+
 def whole_number(name: str, value: Any, least: int) -> int:
     """The value as an int, NumPy's included; ConfigurationError names it when it is none, or below `least`."""
     try:

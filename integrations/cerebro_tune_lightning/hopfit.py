@@ -15,9 +15,8 @@ from cerebro_tune.errors import ConfigurationError, TrialFailedError
 from cerebro_tune.executor import Cerebro
 from cerebro_tune.results import TrialResult
 from cerebro_tune.seat import Seat, current
-from cerebro_tune.settings import Report
+from cerebro_tune.settings import TrainAll
 from cerebro_tune.sharedrun import Caller
-from cerebro_tune.units import Decision
 from cerebro_tune_lightning import callbacks, told
 from cerebro_tune_lightning.fitrecipe import Fit, FitRecipe, pickled
 from cerebro_tune_lightning.handback import HandBack
@@ -83,7 +82,7 @@ class HopFit:
         fit = self._fit(log)
         config = {"fit": fit, "epochs": epochs, "batch_size": batch_size}
         states: list[dict[str, Any]] = []
-        caller = Caller(_go_on if seat is None else seat.decide, states.append)
+        caller = Caller(TrainAll().on_report if seat is None else seat.decide, states.append)
         result = executor.train_one(FitRecipe(), config, caller=caller, metric=self._metric, mode=self._mode)
         fit.release()
         self.result = result = replace(result, config={**result.config, "fit": fit.name})
@@ -154,7 +153,3 @@ def _sorted_out(given: Mapping[str, Any]) -> dict[str, Any]:
     train = given.get("train_dataloaders")
     module = {"train_dataloaders": None, "datamodule": train} if hasattr(train, "train_dataloader") else {}
     return {**given, **module}
-
-
-def _go_on(trial_id: str, report: Report) -> Decision:
-    return Decision.CONTINUE
