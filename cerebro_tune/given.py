@@ -181,6 +181,7 @@ def _from_loader(name: str, loader: Any, make_dataset: Any, num_shards: int, see
     """What a DataLoader reads and how; its order of rows becomes ours, or is refused."""
     from torch.utils.data import default_collate
 
+    _refuse_ways_of_its_own(name, loader)
     _refuse_unbatched(name, loader)
     settings = {key: getattr(loader, key) for key in _COPIED if getattr(loader, key)}
     if not settings.get("num_workers"):
@@ -193,6 +194,26 @@ def _from_loader(name: str, loader: Any, make_dataset: Any, num_shards: int, see
     return Given(
         data, settings | _order(name, loader.batch_sampler.sampler, data.num_rows), loader.batch_sampler.batch_size
     )
+
+
+def _refuse_ways_of_its_own(name: str, loader: Any) -> None:
+    """Raise for what a loader does beside its settings, which would silently be left out."""
+    from torch.utils.data import DataLoader
+
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise ConfigurationError(
+            f"The {name} loader is a {type(loader).__name__} with an __iter__ of its own, which is not called: batches "
+            "are read by shards. Put what it does to them into the Dataset, a collate_fn, or "
+            'loader={"transform": f}, called with each batch; or, if it only reads ahead, give a torch DataLoader.'
+        )
+    context = loader.multiprocessing_context
+    method = None if context is None else context.get_start_method()
+    if method not in (None, "fork"):
+        raise ConfigurationError(
+            f"The {name} loader has multiprocessing_context={method!r}; loader processes are forked from the worker. "
+            "Leave multiprocessing_context out, let the Dataset and collate_fn stay on the CPU, and open files, locks "
+            "and connections when the first row is read."
+        )
 
 
 def _refuse_unbatched(name: str, loader: Any) -> None:

@@ -110,6 +110,11 @@ class Odd(Sampler[int]):
         return len(self.source) // 2
 
 
+class Scaled(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return ([x * 1000, y] for x, y in super().__iter__())
+
+
 ALL = Plain()
 
 
@@ -134,9 +139,16 @@ ALL = Plain()
         (DataLoader(ALL, sampler=WeightedRandomSampler([1.0] * ROWS, ROWS)), "validation", "the whole set is measured"),
         (DataLoader(ALL, sampler=Odd(ALL)), "validation", "has a Odd.*the whole set is measured"),
         (DataLoader(ALL, batch_sampler=BatchSampler(Odd(ALL), 4, False)), "train", "Odd"),
+        (Scaled(ALL, shuffle=True), "train", "train loader is a Scaled with an __iter__ of its own.*collate_fn"),
+        (Scaled(ALL), "validation", "validation loader is a Scaled"),
+        (
+            DataLoader(ALL, shuffle=True, num_workers=1, multiprocessing_context="spawn"),
+            "train",
+            "multiprocessing_context='spawn'; loader processes are forked from the worker",
+        ),
     ],
 )
-def test_orders_that_cannot_be_kept_are_refused_by_name(
+def test_loaders_that_cannot_be_kept_are_refused_by_name(
     options: dict[str, Any], loader: Any, where: str, message: str
 ) -> None:
     with pytest.raises((ConfigurationError, DataError), match=message):
@@ -165,6 +177,14 @@ def test_samplers_that_can_be_kept(options: dict[str, Any]) -> None:
             batches = feed.validation(8, None)
             assert batches is not None
             assert rows_in(batches) == list(range(ROWS))
+
+
+def test_a_loader_that_forks_and_one_of_a_subclass_are_read(options: dict[str, Any]) -> None:
+    class Named(DataLoader[Any]):
+        pass
+
+    forking = Named(Plain(), shuffle=True, num_workers=1, multiprocessing_context="fork")
+    assert read(options, train=forking).loading.options.num_workers == 1
 
 
 def test_a_collate_method_of_the_dataset_travels(options: dict[str, Any]) -> None:
@@ -293,6 +313,58 @@ def test_a_module_without_a_validation_loader(alone: dict[str, Any], tmp_path: P
         assert "val_loss" not in result.last_metrics
         assert cerebro.validation is None
         assert len(cerebro.train) == ROWS - 20
+
+
+class Ranked(Module):
+    """Looks at its trainer wherever it is called."""
+
+    def prepare_data(self) -> None:
+        super().prepare_data()
+        assert self.trainer.is_global_zero  # type: ignore[union-attr]
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.ranks = (self.trainer.world_size, self.trainer.global_rank)  # type: ignore[union-attr]
+
+    def train_dataloader(self) -> Any:
+        self.options["batch_size"] = 10 // self.trainer.world_size  # type: ignore[union-attr]
+        return super().train_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        assert self.trainer is not None
+        assert self.trainer.training != self.trainer.validating
+        assert self.trainer.validating == (len(batch[0]) in (6, 2)), "the validation loader's batch sizes"
+        return super().on_after_batch_transfer(batch, dataloader_idx)
+
+
+@pytest.mark.parametrize("backend", ["inline", "local"])
+def test_a_module_has_a_trainer_of_one_process(alone: dict[str, Any], tmp_path: Path, backend: str) -> None:
+    module = Ranked(tmp_path / "marks", num_workers=1)
+    with Cerebro(datamodule=module, **alone | {"backend": backend}) as cerebro:
+        (result,) = cerebro.fit(Hooked, [{"lr": 0.03}], metric="val_loss")
+        assert result.error is None
+        mine = cerebro._given.module.module  # type: ignore[union-attr]
+        assert mine.ranks == (1, 0)
+        assert mine.trainer.datamodule is mine
+        with pytest.raises(
+            AttributeError, match=r"has no 'current_epoch'.*shared by all trials.*training, validating, world_size"
+        ):
+            _ = mine.trainer.current_epoch
+    assert module.trainer is None, "the user's own module is as it was"
+
+
+class Attached(Ranked):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        assert isinstance(self.trainer, pl.Trainer)
+        return super().on_after_batch_transfer(batch, dataloader_idx)
+
+
+def test_a_trial_of_lightning_attaches_its_own_trainer(alone: dict[str, Any], tmp_path: Path) -> None:
+    from lightning_nets import Momentum
+
+    with Cerebro(datamodule=Attached(tmp_path / "marks"), **alone) as cerebro:
+        (result,) = cerebro.fit(Momentum, [{"lr": 0.03}], metric="val_loss")
+    assert result.error is None
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from cerebro_tune import Cerebro, ShardedDataset
-from cerebro_tune.data.index import IndexManifest
+from cerebro_tune.data.fingerprint import digest_of
+from cerebro_tune.data.index import IndexedDataset, IndexManifest, values_of
 from cerebro_tune.errors import DataError, NotPicklableError
 from map_datasets import (
     ROWS,
@@ -33,6 +37,7 @@ from map_datasets import (
     Plain,
     Stream,
     Unsized,
+    point,
 )
 from nets import Linear
 
@@ -81,6 +86,7 @@ class Columns(Plain):
         (Plain(), "targets", Plain().targets),
         (Columns, "label", Plain().targets),
         (Subset(Subset(Plain(), range(60)), range(10, 50)), "targets", Plain().targets[10:50]),
+        (ConcatDataset([Plain(30), Subset(Plain(), range(9))]), "targets", Plain(30).targets + Plain(9).targets),
     ],
 )
 def test_strata_are_dealt_evenly(source: Any, stratify: Any, labels: Any) -> None:
@@ -96,8 +102,19 @@ def test_strata_must_be_a_class_for_each_row() -> None:
         ShardedDataset.index(Plain(), 4, stratify=[0, 1, 0])
     with pytest.raises(DataError, match="float64; it must hold classes"):
         ShardedDataset.index(Plain(), 4, stratify=np.arange(ROWS) / 2)
-    with pytest.raises(DataError, match="neither an attribute nor a column 'colour'"):
-        ShardedDataset.index(Plain(), 4, stratify="colour")
+    for source in (Plain(), ConcatDataset([Plain(), Plain()])):
+        with pytest.raises(DataError, match="Plain has neither an attribute nor a column 'colour'"):
+            ShardedDataset.index(source, 4, stratify="colour")
+
+
+def test_a_column_is_read_without_the_transform_that_drops_it() -> None:
+    table = datasets.Dataset.from_dict(
+        {"x": [[0.5, row] for row in range(12)], "features": [row % 2 for row in range(12)]}
+    )
+    table.set_transform(lambda batch: {"x": [torch.tensor(x) for x in batch["x"]]})
+    assert list(values_of(table, "features")) == [row % 2 for row in range(12)], "the column, not the attribute"
+    data = ShardedDataset.index(table, 2, stratify="features")
+    assert [sum(number % 2 for number in numbers) for numbers in shards_of(data)] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +125,7 @@ def test_strata_must_be_a_class_for_each_row() -> None:
         ((Unsized(), 2), r"Unsized has no length.*define __len__"),
         ((iter([1, 2]), 2), "is no map-style Dataset"),
         ((lambda: 7, 2), "int is no map-style Dataset"),
+        (({"train": Plain(), "test": Plain(9)}, 2), r"a dict holds 'train', 'test', not rows.*ds\['train'\]"),
         (("data/train", 2), "is no map-style Dataset"),
         ((Plain(5), 6), "num_shards is 6, but .* has only 5 rows; use 5 or fewer"),
         ((Plain(0), 1), "has no rows"),
@@ -144,6 +162,91 @@ def test_a_generator_of_its_own_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(ShardedDataset.index(Augmented(), 4).manifest.samples) == 4
+
+
+class Scarce(Plain):
+    """Draws from a generator of its own, for one row in seven."""
+
+    def __getitem__(self, row: int) -> Any:
+        return os.urandom(8) if row % 7 == 3 else row
+
+
+def test_rows_beside_those_compared_are_read_twice() -> None:
+    with pytest.warns(UserWarning, match=r"Row \d+ of the Dataset Scarce differs when it is read twice"):
+        assert ShardedDataset.index(Scarce(), 4).manifest.samples == {}
+
+
+def test_rows_that_do_not_repeat_in_a_worker_are_warned_of_not_refused() -> None:
+    data = ShardedDataset.index(Augmented(), 4)
+    unlucky = IndexedDataset(OwnGenerator, replace(data.manifest, dataset="this one"), data._order)
+    with pytest.warns(UserWarning, match="Row 0 of this one differs when it is read twice") as caught:
+        assert unlucky.compared is unlucky.source
+    assert len(caught) == 1
+    assert unlucky.compared is unlucky.source, "said once"
+    with pytest.raises(DataError, match=r"Row 0 of .* is not what it was"):
+        _ = IndexedDataset(Plain, data.manifest, data._order).compared
+
+
+class Made(Plain):
+    """Gives what a function makes of a row."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        super().__init__(8)
+        self.make = make
+
+    def __getitem__(self, row: int) -> Any:
+        return self.make(row)
+
+
+def in_itself(row: int) -> Any:
+    found: list[Any] = [row]
+    found.extend([found, {"again": found}])
+    return found
+
+
+class Broken:
+    """Its content cannot be had."""
+
+    mode = size = ()
+
+    def tobytes(self) -> bytes:
+        raise OSError("gone")
+
+
+WITH_BYTES: dict[str, Callable[[int], Any]] = {
+    "conjugated": lambda row: torch.fft.fft(point(row)).conj(),
+    "negated": lambda row: torch.fft.fft(point(row)).conj().imag,
+    "csr": lambda row: point(row)[None].to_sparse_csr(),
+    "coo": lambda row: torch.fft.fft(point(row)).to_sparse(),
+    "float8": lambda row: point(row).to(torch.float8_e4m3fn),
+    "bfloat16": lambda row: point(row).bfloat16(),
+    "objects": lambda row: np.array([row, "a", None], dtype=object),
+    "object": lambda row: np.array(row, dtype=object),
+    "fields": lambda row: np.array([(row, "a")], dtype=[("n", object), ("w", object)]),
+    "in itself": in_itself,
+}
+WITHOUT: dict[str, Callable[[int], Any]] = {
+    "complex32": lambda row: torch.fft.fft(point(row)).to(torch.complex32),
+    "quantized": lambda row: torch.quantize_per_tensor(point(row), 0.1, 0, torch.qint8),
+    "nested": lambda row: torch.nested.nested_tensor([point(row), point(row)[:3]]),
+    "jagged": lambda row: torch.nested.nested_tensor([point(row), point(row)[:3]], layout=torch.jagged),
+    "meta": lambda row: point(row).to("meta"),
+    "broken": lambda row: Broken(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype|ComplexHalf|quantized|deprecated)")
+@pytest.mark.parametrize("name", [*WITH_BYTES, *WITHOUT])
+def test_samples_of_any_kind_have_a_digest(name: str) -> None:
+    make = (WITH_BYTES | WITHOUT)[name]
+    samples = ShardedDataset.index(Made(make), 2).manifest.samples
+    assert len(set(samples.values())) == (len(samples) if name in WITH_BYTES else 1)
+    assert samples["0"] == digest_of(make(0))
+
+
+def test_of_a_tensor_without_bytes_the_kind_and_shape_count() -> None:
+    empty = [torch.empty(size, dtype=kind, device="meta") for size in (2, 3) for kind in (torch.int8, torch.int16)]
+    assert len({digest_of(tensor) for tensor in empty}) == 4
 
 
 def test_indexing_leaves_the_callers_streams_and_dataset_alone(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ By its methods only, so that the core imports no Lightning: `prepare_data`, `set
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
@@ -14,6 +17,51 @@ from cerebro_tune.errors import ConfigurationError, NotPicklableError
 from cerebro_tune.seeding import kept_streams, seed_data
 
 HOSTS = ("pytorch_lightning.", "lightning.")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StandIn:
+    """A module's `trainer` where it has none: what a Trainer on one device says of a fit, on which code may depend.
+
+    A trial that has a Trainer attaches that instead.
+    """
+
+    datamodule: Any
+    world_size: int = 1
+    num_nodes: int = 1
+    num_devices: int = 1
+    node_rank: int = 0
+    global_rank: int = 0
+    local_rank: int = 0
+    is_global_zero: bool = True
+    testing: bool = False
+    predicting: bool = False
+    sanity_checking: bool = False
+
+    @property
+    def training(self) -> bool:
+        """Whether it is not validation."""
+        return not self.validating
+
+    @property
+    def validating(self) -> bool:
+        """Whether gradients are off: in a fit they are so just where validation has its batches and steps."""
+        import torch
+
+        return not torch.is_grad_enabled()
+
+    @property
+    def evaluating(self) -> bool:
+        """As of a Trainer, which may test as well."""
+        return self.validating
+
+    def __getattr__(self, name: str) -> Any:
+        has = sorted(key for key in (*StandIn.__annotations__, *vars(StandIn)) if not key.startswith("_"))
+        raise AttributeError(
+            f"The trainer of this DataModule has no {name!r}: the module is shared by all trials of a worker, and no "
+            f"Trainer is attached now. Here self.trainer has {', '.join(dict.fromkeys(has))}; give the module what "
+            "else it needs as an argument."
+        )
 
 
 class SharedModule:
@@ -32,7 +80,8 @@ class SharedModule:
                 f"datamodule is {module!r}; it must be a LightningDataModule, an object with train_dataloader()."
             )
         if hasattr(module, "prepare_data"):
-            module.prepare_data()
+            with _with_trainer(module):
+                module.prepare_data()
         return cls(_pickled(module), seed)
 
     @property
@@ -40,6 +89,8 @@ class SharedModule:
         """The module of this process, set up with the generators seeded: a random split is the same everywhere."""
         if self._module is None:
             module = cloudpickle.loads(self._pickled)
+            if _lacks_trainer(module):
+                module.trainer = StandIn(module)
             with kept_streams():
                 seed_data(self.seed)
                 if hasattr(module, "setup"):
@@ -96,6 +147,24 @@ class ModuleCollate:
 
     def __call__(self, samples: list[Any]) -> Any:  # noqa: D102
         return self.shared.loader(self.role).collate_fn(samples)
+
+
+def _lacks_trainer(module: Any) -> bool:
+    """Whether the module has Lightning's attribute for a trainer, and none was attached."""
+    return vars(module).get("trainer", module) is None
+
+
+@contextmanager
+def _with_trainer(module: Any) -> Iterator[None]:
+    """Let the user's own module have a trainer for a while."""
+    if not _lacks_trainer(module):
+        yield
+        return
+    module.trainer = StandIn(module)
+    try:
+        yield
+    finally:
+        module.trainer = None
 
 
 def _pickled(module: Any) -> bytes:
