@@ -328,7 +328,11 @@ class Cerebro:
                 raise
 
     def close(self) -> None:
-        """End the workers and leave no process, thread, descriptor or shared memory behind."""
+        """End the workers and leave no process, thread, descriptor or shared memory behind.
+
+        Calls of `train_one` that are waiting in other threads raise.
+        """
+        self._shared.interrupt()
         if self._workers is not None:
             self._workers = None
             self._end_workers()

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from threading import Condition, Lock, Thread
+from threading import Condition, Lock, Thread, current_thread
 from typing import TYPE_CHECKING, Any
 
 from cerebro_tune.errors import ConfigurationError, TrialFailedError
 from cerebro_tune.results import TrialResult
-from cerebro_tune.settings import Report
+from cerebro_tune.settings import Report, TrainAll
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
 
@@ -50,6 +50,15 @@ class SharedRun:
         self._kind: tuple[Any, ...] = ()
         self._callers = 0
         self._seats: dict[str, Future[Caller]] = {}
+        self._over = False
+        """Whether nobody is left in the run who could sit down."""
+
+    def interrupt(self) -> None:
+        """End the run that is on, if one is, with an error for every caller; returns when it has ended."""
+        run = self._run
+        if run is not None and self._thread is not current_thread():
+            run.interrupt()
+            self._thread.join()
 
     def train(
         self, executor: Cerebro, recipe: Recipe, config: Config, caller: Caller, metric: str | None, mode: str
@@ -82,7 +91,10 @@ class SharedRun:
     def _seat(self, trial_id: str) -> Future[Caller]:
         # The run may have a first report before the caller, who has just been told the trial's id, sits down.
         with self._seating:
-            return self._seats.setdefault(trial_id, Future())
+            seat = self._seats.setdefault(trial_id, Future())
+            if self._over and not seat.done():  # its caller was interrupted between adding the trial and sitting down
+                seat.set_result(Caller(TrainAll().on_report))
+            return seat
 
     def _enter(self, executor: Cerebro, recipe: Recipe, metric: str | None, mode: str) -> Run:
         kind = (recipe.name, metric, mode)
@@ -91,7 +103,7 @@ class SharedRun:
             self._door.wait_for(lambda: self._run is None or self._thread.is_alive())
             if self._run is None:
                 self._run = executor.run(recipe, self, metric=metric, mode=mode)
-                self._kind, self._seats = kind, {}
+                self._kind, self._seats, self._over = kind, {}, False
                 self._thread = Thread(target=self._drive, args=(executor, self._run), name="cerebro-run")
                 self._thread.start()
             elif kind != self._kind:
@@ -107,6 +119,9 @@ class SharedRun:
             self._callers -= 1
             if self._callers or self._run is None:
                 return
+            self._over = True
+            for trial_id in list(self._seats):
+                self._seat(trial_id)
             with suppress(ConfigurationError):  # it has ended by itself: interrupted, or broken
                 self._run.end_search()
             self._thread.join()
@@ -125,5 +140,5 @@ class SharedRun:
     def _unanswered(self) -> dict[Future[TrialResult], str]:
         """The results that callers still wait for, and of which trials."""
         with self._seating:
-            seats = dict(self._seats)
+            seats = {trial_id: seat for trial_id, seat in self._seats.items() if seat.done()}
         return {seat.result().result: trial_id for trial_id, seat in seats.items() if not seat.result().result.done()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
-from cerebro_tune import Cerebro
+from cerebro_tune import Cerebro, Decision
+from cerebro_tune.errors import TrialFailedError
+from cerebro_tune.sharedrun import Caller
 from nets import AtEpochsEnd, Counting, Deep, Diverging, Exiting, Linear, Mortal, Raising, Talking
 from runs import CONFIGS, InOrder, outcome, weights
 
@@ -203,3 +207,21 @@ def test_the_trace_has_every_unit(options: dict[str, Any]) -> None:
     for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"]):
         assert event["ts"] >= by_worker.get(event["tid"], 0) - 1  # microseconds: nothing on a worker overlaps
         by_worker[event["tid"]] = event["ts"] + event["dur"]
+
+
+def test_closing_ends_the_calls_that_wait_in_other_threads(options: dict[str, Any]) -> None:
+    reported = threading.Event()
+
+    def note(trial_id: str, report: Any) -> Decision:
+        reported.set()
+        return Decision.CONTINUE
+
+    with (
+        Cerebro(**options | {"backend": "local", "epochs": 10_000}) as cerebro,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        waiting = threads.submit(cerebro.train_one, Linear, {"lr": 0.1}, caller=Caller(note))
+        assert reported.wait(30)
+        cerebro.close()
+        with pytest.raises(TrialFailedError, match="trial-0000 was cut short"):
+            waiting.result(30)

@@ -82,6 +82,9 @@ class Loader:
         if hasattr(iterator, "_shutdown_workers"):
             # Not left to the garbage collector: a traceback that somebody keeps would keep the processes.
             iterator._shutdown_workers()
+            for thread in [queue._thread for queue in iterator._index_queues]:
+                if thread is not None:  # which closes the queue's pipe, and nobody else does
+                    thread.join(_DYING_S)
 
     def _one_at_a_time(self, draws: Sequence[Draw], turn: int) -> Iterator[Drawn]:
         for drawn in self._loaded(draws):

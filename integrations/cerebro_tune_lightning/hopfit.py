@@ -127,6 +127,9 @@ class HopFit:
             unattached.trainer = None  # an earlier fit's, which cannot travel
             return {"datamodule": unattached}
         self.module.trainer = self.trainer  # which a module's own loaders may look at
+        if any(map(self._is_modules_own, ("train_dataloader", "val_dataloader"))):
+            self.module.prepare_data()  # as Lightning does before it asks for them
+            self.module.setup("fit")
         train, validation = self._loader("train_dataloader"), self._loader("val_dataloader")
         if isinstance(validation, list | tuple):
             if len(validation) > 1:
@@ -143,9 +146,11 @@ class HopFit:
 
     def _loader(self, name: str) -> Any:
         """The loader that `fit` was given, or the module's own."""
-        given = self._given.get(f"{name}s")
+        return getattr(self.module, name)() if self._is_modules_own(name) else self._given.get(f"{name}s")
+
+    def _is_modules_own(self, name: str) -> bool:
         overridden = import_module(f"{self._host}.utilities.model_helpers").is_overridden
-        return getattr(self.module, name)() if given is None and overridden(name, self.module) else given
+        return self._given.get(f"{name}s") is None and bool(overridden(name, self.module))
 
 
 def _sorted_out(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,6 +161,7 @@ class KeptTrainer:
         return {
             "should_stop": self.trainer.should_stop and not self._fit._can_stop_early,  # and so is to stop later
             "accumulate": self.trainer.accumulate_grad_batches,
+            "clipping": (self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm),
             "epoch": results.dump(self._epoch._results),
             "measured": dict(self._epoch.val_loop._seen_batches_per_dataloader),
             "first_iteration": connector._first_loop_iter,
@@ -172,6 +173,7 @@ class KeptTrainer:
         """Take up what `dump_progress` gave."""
         connector, device = self._connector, self.trainer.strategy.root_device
         self.trainer.should_stop, self.trainer.accumulate_grad_batches = state["should_stop"], state["accumulate"]
+        self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm = state["clipping"]
         module = self._get("trainer.connectors.logger_connector.result")
         results.restore(self._epoch._results, state["epoch"], module, self.trainer)
         self._epoch.val_loop._seen_batches_per_dataloader.update(state["measured"])
