@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import cloudpickle
 
@@ -198,6 +198,13 @@ class _Telling:
             return error
 
 
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # no stubs
+    """By value what a script defines, and through shared memory what torch sends so."""
+
+    # Of the class: the pickler in C looks here once, when it is made.
+    dispatch_table: ClassVar[Any] = ChainMap(ForkingPickler._extra_reducers, cloudpickle.Pickler.dispatch_table)  # type: ignore[attr-defined]
+
+
 class _Packed:
     """What was drawn, pickled: by value, which a queue's own pickler cannot, and here, where a failure is told.
 
@@ -207,10 +214,8 @@ class _Packed:
 
     def __init__(self, drawn: Drawn) -> None:
         file = io.BytesIO()
-        pickler = cloudpickle.Pickler(file)
-        pickler.dispatch_table = ChainMap(ForkingPickler._extra_reducers, pickler.dispatch_table)  # type: ignore[attr-defined]
         try:
-            pickler.dump(drawn)
+            _Pickler(file).dump(drawn)
         except Exception as error:  # pickling runs code of the object's own, which may raise anything
             raise RowError(
                 f"A batch cannot be sent from its loader process: {type(error).__name__}: {error}. Return tensors, "
