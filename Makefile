@@ -38,5 +38,5 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(PIP) torch
 	$(PIP) --group dev
-	$(PIP) --editable ".[lightning]"
+	$(PIP) --editable ".[all]"
 	touch $@
