@@ -103,7 +103,7 @@ class TrialBook:
         """The page of one more trial, not yet in the book; ConfigurationError for a config that cannot be trained."""
         chosen = dict(config or {})
         settings = self._settings
-        defaults = {"epochs": settings.epochs, "batch_size": recipe.batch_size or settings.batch_size}
+        defaults = {"epochs": recipe.epochs or settings.epochs, "batch_size": recipe.batch_size or settings.batch_size}
         ours = {key: default if recipe.takes(key) else chosen.get(key, default) for key, default in defaults.items()}
         ours = {key: whole_number(f"{key} in a config", value, 1) for key, value in ours.items()}
         model_config = recipe.model_config(chosen)
