@@ -131,7 +131,7 @@ class TrialBook:
     def clear_staged(self) -> None:
         """Remove what was written by units that were not committed."""
         for page in self:
-            for path in self.path(page, "best").parent.glob(f"best.[0-9]*{self._suffix}*"):
+            for path in self.path(page, "best").parent.glob("best.[0-9]*"):
                 path.unlink()
 
     def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:

@@ -128,6 +128,11 @@ class Run:
         """The trial's status now."""
         return self._commands.ask(lambda: self._hopper.status(trial_id).value)
 
+    def units_left(self, trial_id: str) -> int:
+        """Units that the trial has still before it."""
+        _, done, total = self.ask(lambda: self._hopper.progress(trial_id))
+        return total - done
+
     def state(self, trial_id: str) -> Any:
         """A copy of the state that the trial's last unit committed, as a tree; in `Tuner.on_end` at the latest."""
         return self._commands.ask(lambda: self._state(trial_id))

@@ -23,7 +23,7 @@ def current_shard() -> UnitWork:
     For a class-API trainable of Ray Tune, in `step`. ConfigurationError outside of a unit.
     """
     if _current.work is None:
-        raise ConfigurationError("There is no current shard here: only code that trains a unit has one, such as step().")
+        raise ConfigurationError("There is no current shard here: only what trains a unit has one, such as step().")
     return _current.work
 
 

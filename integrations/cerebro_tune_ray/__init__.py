@@ -1,7 +1,9 @@
-"""Ray Tune on model hopping. The executor for it is not in this release; importing checks that the host is there."""
+"""Ray Tune on model hopping: `tune`, which is `ray.tune` with one more argument."""
 
 from __future__ import annotations
 
 from cerebro_tune.hosts import require_host
 
 require_host("ray", extra="ray")
+
+from cerebro_tune_ray import tune as tune

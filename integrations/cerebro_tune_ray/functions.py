@@ -1,0 +1,3 @@
+"""placeholder"""
+from cerebro_tune_ray.riders import Riders
+class FunctionRiders(Riders): ...
