@@ -137,6 +137,10 @@ class Run:
         """A copy of the state that the trial's last unit committed, as a tree; in `Tuner.on_end` at the latest."""
         return self._commands.ask(lambda: self._state(trial_id))
 
+    def wake(self) -> None:
+        """Make `turn` return, from any thread."""
+        self._workers.wake()
+
     def interrupt(self) -> None:
         """Give up at once, with the results so far; safe in a signal handler."""
         self._interrupted = True

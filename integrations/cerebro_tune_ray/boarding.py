@@ -67,8 +67,10 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _function(wrapped: type) -> Boarded:
-    return Boarded(wrapped, lambda executor, controller: FunctionRiders(executor, wrapped, controller))
+def _function(wrapped: Any) -> Boarded:
+    """A function as Ray wraps it: with its results, yielded or returned, and its return reported."""
+    call = partial(wrapped._trainable_func, None)
+    return Boarded(wrapped, lambda executor, controller: FunctionRiders(executor, call, wrapped._name, controller))
 
 
 def _class_riders(recipe: ClassRecipe, executor: Cerebro, controller: Controller) -> Riders:

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 import ray.tune.tune
 from ray.exceptions import RayTaskError
+from ray.train._internal import session
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.execution.tune_controller import TuneController
@@ -27,6 +28,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ResourceChangingScheduler
 
 from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
+from cerebro_tune.seat import current
 from cerebro_tune_ray.riders import Result, Riders, Snapshot
 
 TESTED = "2.60"
@@ -109,6 +111,8 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
             trial.run_metadata.checkpoint_manager._latest_checkpoint_result = result
 
     def _schedule_trial_stop(self, trial: Trial, exception: Exception | None = None) -> None:
+        if exception is None and trial.status == Trial.PAUSED and _at_end(trial) and self._riders.has_state(trial):
+            self._write_checkpoint(trial)  # it has had its last report
         super()._schedule_trial_stop(trial, exception)
         self._riders.stop(trial)
         checkpoints = trial.run_metadata.checkpoint_manager
@@ -121,9 +125,8 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
         return self._riders.snapshot(trial)
 
     def _checkpoint_trial_if_needed(self, trial: Trial, force: bool = False) -> None:
-        at_end = trial.run_metadata.checkpoint_manager.checkpoint_config.checkpoint_at_end
-        unasked = at_end is None and trial.last_result.get("done")  # a trial leaves its weights behind, unless told not to
-        if force or unasked or trial.should_checkpoint():
+        due = force or trial.should_checkpoint() or (trial.last_result.get("done") and _at_end(trial))
+        if due and self._riders.has_state(trial):
             self._write_checkpoint(trial)
 
     def _schedule_trial_export(self, trial: Trial) -> None:
@@ -165,6 +168,11 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
         self._callbacks.on_trial_save(iteration=self._iteration, trials=self._trials, trial=trial)
 
 
+def _at_end(trial: Trial) -> bool:
+    """Whether the trial leaves its weights behind: unless it is told not to."""
+    return trial.run_metadata.checkpoint_manager.checkpoint_config.checkpoint_at_end is not False
+
+
 class _NoActors:
     """Stands where Ray's controller has its actors: while it would wait for them, the run goes on."""
 
@@ -192,11 +200,23 @@ def _make_controller(**kwargs: Any) -> TuneController:
     return TuneController(**kwargs) if board is None else HopController(board, **kwargs)
 
 
+class _Sessions:
+    """Stands for Ray's session of a function trainable, which is one per process: here it is the call of the thread."""
+
+    def __bool__(self) -> bool:
+        return current() is not None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(current(), name)
+
+
 @contextmanager
 def hopping(board: Board) -> Iterator[None]:
     """Within, `ray.tune.run` on this thread runs its trials on this board."""
     check()
     ray.tune.tune.TuneController = _make_controller
+    if session._session is None:
+        session._session = _Sessions()
     token = _board.set(board)
     try:
         yield

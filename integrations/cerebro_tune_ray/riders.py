@@ -11,7 +11,7 @@ import platform
 import socket
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -59,14 +59,14 @@ class Rider:
     time_s: float = 0.0
     parked: bool = False
     """Whether Ray has paused it between two reports: the next one waits until it is started again."""
-    waiting: Mapping[str, Any] | None = None
-    """The report that waits."""
+    waiting: Callable[[], Result] | None = None
+    """Makes the result that waits."""
 
 
 class Riders:
     """All of Ray's trials that were started. Called on Ray's thread, which also drives the run."""
 
-    def __init__(self, executor: Cerebro, recipe: Recipe, controller: Controller) -> None:
+    def __init__(self, executor: Cerebro, recipe: Recipe | None, controller: Controller) -> None:
         self.executor = executor
         self._recipe, self._controller = recipe, controller
         self._run: Run | None = None
@@ -85,24 +85,16 @@ class Riders:
         A config that is not the one it was started with takes effect in its next unit.
         """
         rider = self._riders.setdefault(trial.trial_id, Rider(trial))
-        config = dict(trial.config)
         rider.parked = False
         if snapshot is not None:
-            self._replace(rider, self.run.clone(snapshot.hop, self._given(rider, config)))
             rider.iteration, rider.time_s = snapshot.iteration, snapshot.time_s
-        elif rider.hop is None:
-            self._replace(rider, self.run.add(self._given(rider, config)))
-        elif config != rider.config:
-            self._replace(rider, self.run.clone(rider.hop, self._given(rider, config)))
-        elif rider.waiting is None:
-            self._order(rider.hop, Decision.CONTINUE)
-        rider.config = config
+        self._set_out(rider, snapshot)
         if rider.waiting is not None:
-            report, rider.waiting = rider.waiting, None
             assert rider.hop is not None, "it has reported"
-            answer = self._ask(rider, rider.hop, report)
+            hop, make, rider.waiting = rider.hop, rider.waiting, None
+            answer = self._ask(rider, hop, make)
             if answer is not None:
-                self.run.decide(rider.hop, answer)
+                self._settle(hop, answer)
 
     def go_on(self, trial: Trial) -> None:
         """Let the trial run its next unit."""
@@ -132,8 +124,13 @@ class Riders:
     def export(self, trial: Trial, folder: Path) -> None:
         """Write the trial's state as a checkpoint."""
         hop = self._riders[trial.trial_id].hop
-        assert hop is not None, "it has reported"
+        assert hop is not None and self._recipe is not None, "it has reported"
         self._recipe.export(self.run.state(hop), folder / f"checkpoint{self._recipe.suffix}")
+
+    def has_state(self, trial: Trial) -> bool:
+        """Whether there is something to `export`."""
+        rider = self._riders.get(trial.trial_id)
+        return rider is not None and rider.hop is not None
 
     def wait(self, timeout_s: float) -> None:
         """Let the run go on until something has happened, or the time has passed."""
@@ -160,10 +157,7 @@ class Riders:
         rider = self._owners.get(trial_id)
         if rider is None:  # stopped while it ran this unit
             return Decision.STOP
-        if rider.parked:
-            rider.waiting = report
-            return None
-        return self._ask(rider, trial_id, report)
+        return self._hear(rider, trial_id, lambda: self._result(rider, report))
 
     def on_end(self, result: TrialResult) -> None:
         """Tell Ray of a trial that has ended otherwise than by its order."""
@@ -185,18 +179,44 @@ class Riders:
     def run(self) -> Run:
         """The run, which begins with the first call that needs it."""
         if self._run is None:
-            self._run = self.executor.run(self._recipe, self, keep="none", hosted=True)
-            self._run.begin()
+            assert self._recipe is not None, "known"
+            self._begin(self._recipe, keep="none")  # files are written when Ray asks for them
+        assert self._run is not None, "begun"
         return self._run
+
+    def _begin(self, recipe: Recipe, **options: Any) -> None:
+        self._recipe = recipe
+        self._run = self.executor.run(recipe, self, hosted=True, **options)
+        self._run.begin()
 
     def _given(self, rider: Rider, config: Config) -> Config:
         """The config as the run's trial gets it."""
         return config
 
-    def _ask(self, rider: Rider, hop: str, report: Mapping[str, Any]) -> Decision | None:
+    def _set_out(self, rider: Rider, snapshot: Snapshot | None) -> None:
+        """Have the trial's next unit run, if it is not to be heard before."""
+        config = dict(rider.trial.config)
+        if snapshot is not None:
+            self._replace(rider, self.run.clone(snapshot.hop, self._given(rider, config)))
+        elif rider.hop is None:
+            self._replace(rider, self.run.add(self._given(rider, config)))
+        elif config != rider.config:
+            self._replace(rider, self.run.clone(rider.hop, self._given(rider, config)))
+        elif rider.waiting is None:
+            self._order(rider.hop, Decision.CONTINUE)
+        rider.config = config
+
+    def _hear(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
+        """Hand Ray a result now, or, of a trial that Ray has paused, when it is started again."""
+        if rider.parked:
+            rider.waiting = make
+            return None
+        return self._ask(rider, hop, make)
+
+    def _ask(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
         self._deciding, self._answer = hop, None
         try:
-            self._controller.reported(rider.trial, self._result(rider, report))
+            self._controller.reported(rider.trial, make())
         finally:
             self._deciding = None
         return self._answer
@@ -210,14 +230,14 @@ class Riders:
         return result
 
     def _order(self, hop: str | None, decision: Decision) -> None:
-        if hop is None:
-            return
         if hop == self._deciding:
             self._answer = decision
-        elif decision is Decision.CONTINUE:
-            self.run.resume(hop)
-        else:
-            self.run.stop(hop)
+        elif hop is not None:
+            self._settle(hop, decision)
+
+    def _settle(self, hop: str, decision: Decision) -> None:
+        """Answer a report that has waited, or speak of a trial out of turn."""
+        self.run.decide(hop, decision)
 
     def _replace(self, rider: Rider, hop: str | None) -> None:
         """Give a trial another trial of the run, or none, and end the one it had."""
