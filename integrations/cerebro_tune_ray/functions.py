@@ -12,6 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
@@ -136,8 +137,8 @@ class FunctionRiders(Riders):
         self._replies: dict[str, Future[Any]] = {}
         """To what functions report themselves, which takes the place of a trial of the run meanwhile."""
         self._numbers = itertools.count()
-        self._saved: dict[str, Checkpoint] = {}
-        """What functions have reported as checkpoints, until Ray has them."""
+        self._saved: dict[str, Callable[[Path], object]] = {}
+        """What writes the checkpoint that a function has reported, or the end of its fit, until Ray wants it."""
 
     def post(self, call: Callable[[], None]) -> None:
         """Have a call made on Ray's thread."""
@@ -150,6 +151,7 @@ class FunctionRiders(Riders):
 
     def stop(self, trial: Trial) -> None:  # noqa: D102
         self._calls.pop(trial.trial_id, None)
+        self._saved.pop(trial.trial_id, None)
         super().stop(trial)
 
     def snapshot(self, trial: Trial) -> Snapshot | None:  # noqa: D102
@@ -159,10 +161,7 @@ class FunctionRiders(Riders):
         return trial.trial_id in self._saved or self._in_fit(trial)
 
     def export(self, trial: Trial, folder: Path) -> None:  # noqa: D102
-        if (saved := self._saved.pop(trial.trial_id, None)) is not None:
-            saved.to_directory(str(folder))
-        else:
-            super().export(trial, folder)
+        self._saved.pop(trial.trial_id, partial(super().export, trial))(folder)
 
     def wait(self, timeout_s: float) -> None:  # noqa: D102
         if self._run is not None:
@@ -223,7 +222,7 @@ class FunctionRiders(Riders):
             )
             return
         if checkpoint is not None:
-            self._saved[call.trial.trial_id] = checkpoint
+            self._saved[call.trial.trial_id] = lambda folder: checkpoint.to_directory(str(folder))
             metrics[SHOULD_CHECKPOINT] = True
         hop = rider.hop = f"report-{next(self._numbers)}"
         self._replies[hop] = reply
@@ -256,7 +255,10 @@ class FunctionRiders(Riders):
         if reply is None or take_state is None:
             return  # a snapshot
         if result.status != "failed" and result.visits:
-            take_state(self.run.state(hop))
+            state = self.run.state(hop)
+            take_state(state)
+            if rider is not None:
+                self._saved[rider.trial.trial_id] = lambda folder: self._write(state, folder)
         reply.set_result(result)
 
     # Within.
@@ -295,9 +297,6 @@ class FunctionRiders(Riders):
     def _result(self, rider: Rider, report: Mapping[str, Any]) -> Result:
         renamed = self._calls[rider.trial.trial_id].renamed
         result = super()._result(rider, {**report, **{mine: report[name] for mine, name in renamed.items()}})
-        at_end = rider.trial.run_metadata.checkpoint_manager.checkpoint_config.checkpoint_at_end
-        if result["done"] and at_end is not False:
-            result[SHOULD_CHECKPOINT] = True
         return result | {"done": False}  # the function may have more to do
 
     def _own_result(self, rider: Rider, metrics: dict[str, Any], elapsed_s: float) -> Result:

@@ -124,8 +124,8 @@ class Riders:
     def export(self, trial: Trial, folder: Path) -> None:
         """Write the trial's state as a checkpoint."""
         hop = self._riders[trial.trial_id].hop
-        assert hop is not None and self._recipe is not None, "it has reported"
-        self._recipe.export(self.run.state(hop), folder / f"checkpoint{self._recipe.suffix}")
+        assert hop is not None, "it has reported"
+        self._write(self.run.state(hop), folder)
 
     def has_state(self, trial: Trial) -> bool:
         """Whether there is something to `export`."""
@@ -188,6 +188,10 @@ class Riders:
         self._recipe = recipe
         self._run = self.executor.run(recipe, self, hosted=True, **options)
         self._run.begin()
+
+    def _write(self, state: Any, folder: Path) -> None:
+        assert self._recipe is not None, "it has made the state"
+        self._recipe.export(state, folder / f"checkpoint{self._recipe.suffix}")
 
     def _given(self, rider: Rider, config: Config) -> Config:
         """The config as the run's trial gets it."""
