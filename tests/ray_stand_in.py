@@ -45,6 +45,8 @@ class StandInSearch:
 class StandInController:
     """Drives a scheduler in Ray's order of calls, one event per `step`; `log` has what was started from which unit."""
 
+    make: type[StandInTrial] = StandInTrial
+
     def __init__(
         self,
         scheduler: TrialScheduler,
@@ -52,12 +54,14 @@ class StandInController:
         slots: int,
         *,
         limit: float = float("inf"),
+        ask: Callable[..., str] = lambda scheduler, *result: scheduler.on_trial_result(*result),
         report: Callable[[int, Any], dict[str, Any]] = lambda unit, score: {"training_iteration": unit, "loss": score},
     ) -> None:
         self.scheduler = scheduler
         self.slots = slots
+        self.ask = ask
         self.report = report
-        self.search_alg = StandInSearch([StandInTrial(str(n), curve) for n, curve in enumerate(curves)], limit)
+        self.search_alg = StandInSearch([self.make(str(n), curve) for n, curve in enumerate(curves)], limit)
         self.trials: list[StandInTrial] = []
         self.log: list[tuple[str, int]] = []
 
@@ -72,11 +76,14 @@ class StandInController:
 
     def stop_trial(self, trial: StandInTrial) -> None:
         if trial.status == Trial.RUNNING:
-            self.scheduler.on_trial_complete(self, trial, self.last_result(trial))
+            self.complete(trial, self.last_result(trial))
         else:
             self.scheduler.on_trial_remove(self, trial)
         self.search_alg.live -= 1
         trial.status = Trial.TERMINATED
+
+    def complete(self, trial: StandInTrial, result: dict[str, Any]) -> None:
+        self.scheduler.on_trial_complete(self, trial, result)
 
     def last_result(self, trial: StandInTrial) -> dict[str, Any]:
         return self.report(trial.units, trial.curve[trial.units - 1])
@@ -103,7 +110,7 @@ class StandInController:
             return False
         trial = running[pick % len(running)]
         trial.units += 1
-        decision = self.scheduler.on_trial_result(self, trial, self.last_result(trial))
+        decision = self.ask(self.scheduler, self, trial, self.last_result(trial))
         if decision == TrialScheduler.PAUSE:
             trial.status = Trial.PAUSED
         elif decision == TrialScheduler.STOP:

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray import tune
 from ray.tune.experiment import Trial
-from ray_stand_in import StandInController, StandInTrial
 
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune_ray import PromotionASHA
+from ray_stand_in import StandInController, StandInTrial
 
 Curve = Sequence[float]
 
@@ -81,12 +81,16 @@ LOSSES = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, -1.0, math.nan]) | st.float
 
 @st.composite
 def searches(draw: st.DrawFn) -> tuple[list[Curve], list[int], int]:
-    resources = schedule(draw(st.integers(1, 2)), eta := draw(st.integers(2, 4)), draw(st.integers(0, 3 if eta == 2 else 2)))
+    resources = schedule(
+        draw(st.integers(1, 2)), eta := draw(st.integers(2, 4)), draw(st.integers(0, 3 if eta == 2 else 2))
+    )
     curve = st.lists(LOSSES, min_size=resources[-1], max_size=resources[-1])
     return draw(st.lists(curve, min_size=1, max_size=24)), resources, eta
 
 
-@given(searches(), st.integers(1, 6), st.lists(st.integers(0, 5), min_size=1, max_size=40), st.sampled_from(["min", "max"]))
+@given(
+    searches(), st.integers(1, 6), st.lists(st.integers(0, 5), min_size=1, max_size=40), st.sampled_from(["min", "max"])
+)
 def test_it_gives_the_jobs_of_algorithm_2(
     search: tuple[list[Curve], list[int], int], workers: int, picks: list[int], mode: str
 ) -> None:
@@ -179,7 +183,9 @@ def test_asking_again_gives_the_same_trial() -> None:
     for _ in range(3):
         controller.step(0)
     scheduler = controller.scheduler
-    assert scheduler.choose_trial_to_run(controller) is scheduler.choose_trial_to_run(controller) is controller.trials[2]
+    assert (
+        scheduler.choose_trial_to_run(controller) is scheduler.choose_trial_to_run(controller) is controller.trials[2]
+    )
 
 
 def test_a_trial_that_a_stop_condition_ends_at_a_rung_counts_there() -> None:
@@ -255,7 +261,7 @@ def test_a_copy_goes_on_as_the_original(
         ({"grace_period": 0}, "grace_period is 0; it must be above 0, and at most max_t=9"),
         ({"grace_period": 10}, "grace_period is 10; it must be above 0, and at most max_t=9"),
         ({"reduction_factor": 1}, "reduction_factor is 1; it must be above 1"),
-        ({"mode": "lowest"}, "mode is 'lowest'; valid: \"min\", \"max\""),
+        ({"mode": "lowest"}, 'mode is \'lowest\'; valid: "min", "max"'),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], says: str) -> None:

@@ -81,9 +81,11 @@ class PromotionASHA(TrialScheduler):
         grace_period: float = 1,
         reduction_factor: float = 4,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if not 0 < grace_period <= max_t:
-            raise ConfigurationError(f"grace_period is {grace_period!r}; it must be above 0, and at most max_t={max_t!r}.")
+            raise ConfigurationError(
+                f"grace_period is {grace_period!r}; it must be above 0, and at most max_t={max_t!r}."
+            )
         if not reduction_factor > 1:
             raise ConfigurationError(f"reduction_factor is {reduction_factor!r}; it must be above 1.")
         if mode not in (None, "min", "max"):
@@ -91,6 +93,8 @@ class PromotionASHA(TrialScheduler):
         self._time_attr = time_attr
         self._metric = metric
         self._mode = mode
+        self._max_t = max_t
+        self._grace_period = grace_period
         self._eta = reduction_factor
         self._rungs = [_Rung(milestone) for milestone in _milestones(grace_period, max_t, reduction_factor)]
         self._places: dict[str, int] = {}  # trial -> index of the highest rung that it has a result at
