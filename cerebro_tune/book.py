@@ -99,7 +99,7 @@ class TrialBook:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def new_page(self, config: Mapping[str, Any] | None, recipe: Recipe) -> TrialPage:
+    def new_page(self, config: Mapping[str, Any] | None, recipe: Recipe, index: int | None = None) -> TrialPage:
         """The page of one more trial, not yet in the book; ConfigurationError for a config that cannot be trained."""
         chosen = dict(config or {})
         settings = self._settings
@@ -108,7 +108,7 @@ class TrialBook:
         ours = {key: whole_number(f"{key} in a config", value, 1) for key, value in ours.items()}
         model_config = recipe.model_config(chosen)
         recipe.check_config(model_config)
-        trial = Trial(f"trial-{len(self):04d}", len(self), ours["epochs"])
+        trial = Trial(f"trial-{len(self):04d}", len(self) if index is None else index, ours["epochs"])
         return TrialPage(trial, chosen, ship(model_config, f"The config {chosen}"), ours["batch_size"])
 
     def add(self, page: TrialPage) -> None:

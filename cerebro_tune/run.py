@@ -96,13 +96,16 @@ class Run:
 
     # Commands: from any thread.
 
-    def add(self, config: Config) -> str:
-        """Add a trial; ConfigurationError for a config that cannot be trained. Returns its id."""
-        return self._commands.ask(lambda: self._add(config, None))
+    def add(self, config: Config, index: int | None = None) -> str:
+        """Add a trial; ConfigurationError for a config that cannot be trained. Returns its id.
 
-    def clone(self, trial_id: str, config: Config | None = None) -> str:
+        With the `index` of a trial whose place it takes it draws the random numbers that that one would have drawn.
+        """
+        return self._commands.ask(lambda: self._add(config, None, index))
+
+    def clone(self, trial_id: str, config: Config | None = None, index: int | None = None) -> str:
         """Add a trial that goes on from another's last committed unit, with a changed config if given."""
-        return self._commands.ask(lambda: self._add(config, trial_id))
+        return self._commands.ask(lambda: self._add(config, trial_id, index))
 
     def decide(self, trial_id: str, decision: Decision) -> None:
         """Answer a report of the trial. What was asked out of turn meanwhile is joined with it: the firmer wins."""
@@ -127,6 +130,10 @@ class Run:
     def status(self, trial_id: str) -> str:
         """The trial's status now."""
         return self._commands.ask(lambda: self._hopper.status(trial_id).value)
+
+    def index(self, trial_id: str) -> int:
+        """The trial's number, which its random numbers come from."""
+        return self._page(trial_id).trial.index
 
     def units_left(self, trial_id: str) -> int:
         """Units that the trial has still before it."""
@@ -394,9 +401,10 @@ class Run:
 
     # Commands, on the loop's thread.
 
-    def _add(self, config: Config | None, source: str | None) -> str:
+    def _add(self, config: Config | None, source: str | None, index: int | None = None) -> str:
         parent = None if source is None else self._page(source)
-        page = self._book.new_page(config if config is not None or parent is None else parent.config, self._recipe)
+        chosen = config if config is not None or parent is None else parent.config
+        page = self._book.new_page(chosen, self._recipe, index)
         trial = page.trial
         if parent is None:
             self._apply(TrialAdded(trial))

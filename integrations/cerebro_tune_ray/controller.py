@@ -8,6 +8,7 @@ on. Tested with Ray 2.60.
 from __future__ import annotations
 
 import inspect
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,11 +26,14 @@ from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ResourceChangingScheduler
+from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialScheduler
 
 from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
 from cerebro_tune.seat import current
+from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.riders import Result, Riders, Snapshot
+from cerebro_tune_ray.schedulers import check_lengths, lacking
+from cerebro_tune_ray.score import judge
 
 TESTED = "2.60"
 _NEWEST = (2, 60)
@@ -44,14 +48,10 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
     """Ray's controller with trials that hop."""
 
     def __init__(self, board: Board, **kwargs: Any) -> None:
-        scheduler = kwargs.get("scheduler")
-        if isinstance(scheduler, ResourceChangingScheduler):
-            raise ConfigurationError(
-                "ResourceChangingScheduler changes what each trial's own processes may use, and by hops trials have no "
-                "processes of their own: give its base_scheduler, and set workers= or resources_per_worker= of Cerebro."
-            )
+        scheduler = kwargs.get("scheduler") or FIFOScheduler()
+        _check_scheduler(scheduler)
         self._riders = board(self)
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "scheduler": _Judged(scheduler)})
         self._actor_manager = _NoActors(self._riders)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,6 +140,13 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
 
     # What the trials tell.
 
+    def begun(self, shards: int, report_every: str) -> None:
+        """The run has begun: what counts units and looks as if epochs were meant is told."""
+        stop = self._trials[0].stopping_criterion or self._stopper
+        told = horizon_warning(self._scheduler_alg.scheduler, stop, shards=shards, report_every=report_every)
+        if told is not None:
+            warnings.warn(told, stacklevel=2)
+
     def reported(self, trial: Trial, result: Result) -> None:
         """A trial reports: Ray decides, and may start others at once."""
         self._on_training_result(trial, result)
@@ -150,6 +157,11 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
         """A trial cannot go on: Ray notes it, and may want it tried again."""
         cause = TrialFailedError(error.strip().rpartition("\n")[2])
         self._trial_task_failure(trial, RayTaskError("train", error, cause))
+
+    def diverged(self, trial: Trial, result: Result) -> None:
+        """A trial's loss is no number any more: to Ray it is done, with no score, and no error that ends the search."""
+        lost = {name: math.nan for name in (self._metric, "train_loss") if name is not None}
+        self._on_training_result(trial, result | lost | {"done": True})
 
     def ended(self, trial: Trial) -> None:
         """A trial has ended by itself: for Ray its last report was that of a trial that is done."""
@@ -166,6 +178,33 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
             trial.storage.current_checkpoint_index -= 1  # Trial.on_checkpoint counts it
         self._process_trial_save(trial, _TrainingResult(checkpoint=kept, metrics=dict(trial.last_result)))
         self._callbacks.on_trial_save(iteration=self._iteration, trials=self._trials, trial=trial)
+
+
+def _check_scheduler(scheduler: TrialScheduler) -> None:
+    if isinstance(scheduler, ResourceChangingScheduler):
+        raise ConfigurationError(
+            "ResourceChangingScheduler changes what each trial's own processes may use, and by hops trials have no "
+            "processes of their own: give its base_scheduler, and set workers= or resources_per_worker= of Cerebro."
+        )
+    check_lengths(scheduler)
+    if unknown := lacking(scheduler):
+        raise MissingHostError(
+            f"{type(scheduler).__name__} of Ray {ray.__version__} keeps no {', '.join(unknown)}, which is read to find "
+            f'its rungs; this package works with {TESTED}: pip install "ray[tune]=={TESTED}.*".'
+        )
+
+
+class _Judged:
+    """A scheduler, of which no trial without a score survives a rung."""
+
+    def __init__(self, scheduler: TrialScheduler) -> None:
+        self.scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return judge(self.scheduler, controller, trial, result)
 
 
 def _at_end(trial: Trial) -> bool:
@@ -219,7 +258,9 @@ def hopping(board: Board) -> Iterator[None]:
         session._session = _Sessions()
     token = _board.set(board)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consider boosting PBT performance")  # there are no actors to reuse
+            yield
     finally:
         _board.reset(token)
 

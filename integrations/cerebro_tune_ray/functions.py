@@ -195,7 +195,7 @@ class FunctionRiders(Riders):
             if self._run is None:
                 self._begin(recipe, metric=metric, mode=mode)
             begin, call.begin = call.begin, None
-            hop = self.run.add(config) if begin is None else self.run.clone(begin.hop, config)
+            hop = self.run.add(config, rider.index) if begin is None else self.run.clone(begin.hop, config, rider.index)
         except CerebroError as error:
             reply.set_exception(error)
             return

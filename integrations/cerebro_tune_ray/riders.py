@@ -22,6 +22,7 @@ from pyarrow.fs import LocalFileSystem
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 
+from cerebro_tune.errors import NonFiniteLossError
 from cerebro_tune.results import TrialResult
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
@@ -36,11 +37,17 @@ Result = dict[str, Any]
 class Controller(Protocol):
     """What hears of the trials: Ray's loop."""
 
+    def begun(self, shards: int, report_every: str) -> None:
+        """The run has begun, and the data is known."""
+
     def reported(self, trial: Trial, result: Result) -> None:
         """The trial, which is running, reports; its state stands still until one of the orders is given."""
 
     def failed(self, trial: Trial, error: str) -> None:
         """The trial cannot go on; it may be started again, from its last good state."""
+
+    def diverged(self, trial: Trial, result: Result) -> None:
+        """The trial's loss is NaN or infinite; `result` is what it had last."""
 
     def ended(self, trial: Trial) -> None:
         """The trial has ended by itself after its last report."""
@@ -53,6 +60,8 @@ class Rider:
     trial: Trial
     hop: str | None = None
     """Its trial of the run: None before its first start, and after it failed without a unit behind it."""
+    index: int | None = None
+    """Of its first trial of the run: what takes the place of that one goes on with its random numbers."""
     config: Config = field(default_factory=dict)
     """What `hop` was given."""
     iteration: int = 0
@@ -164,11 +173,15 @@ class Riders:
         rider = self._owners.pop(result.trial_id, None)
         if rider is None:
             return
+        error = result.error or ""
         if result.status == "failed":
             rider.hop = None
-            self._controller.failed(rider.trial, result.error or "")
+        if result.status == "failed" and error.strip().rpartition("\n")[2].startswith(_DIVERGED):
+            self._controller.diverged(rider.trial, filled(rider, dict(result.last_metrics), 0.0))
+        elif result.status == "failed":
+            self._controller.failed(rider.trial, error)
             if rider.trial.status == Trial.PENDING and result.visits:
-                self._replace(rider, self._keep(result.trial_id))
+                self._replace(rider, self._keep(result.trial_id, rider.index))
         else:
             self._controller.ended(rider.trial)
             rider.hop = None
@@ -188,6 +201,11 @@ class Riders:
         self._recipe = recipe
         self._run = self.executor.run(recipe, self, hosted=True, **options)
         self._run.begin()
+        self._controller.begun(self._shards, self.executor.report_every)
+
+    @property
+    def _shards(self) -> int:
+        return self.executor.train.num_shards
 
     def _write(self, state: Any, folder: Path) -> None:
         assert self._recipe is not None, "it has made the state"
@@ -201,11 +219,11 @@ class Riders:
         """Have the trial's next unit run, if it is not to be heard before."""
         config = dict(rider.trial.config)
         if snapshot is not None:
-            self._replace(rider, self.run.clone(snapshot.hop, self._given(rider, config)))
+            self._replace(rider, self.run.clone(snapshot.hop, self._given(rider, config), rider.index))
         elif rider.hop is None:
-            self._replace(rider, self.run.add(self._given(rider, config)))
+            self._replace(rider, self.run.add(self._given(rider, config), rider.index))
         elif config != rider.config:
-            self._replace(rider, self.run.clone(rider.hop, self._given(rider, config)))
+            self._replace(rider, self.run.clone(rider.hop, self._given(rider, config), rider.index))
         elif rider.waiting is None:
             self._order(rider.hop, Decision.CONTINUE)
         rider.config = config
@@ -248,16 +266,18 @@ class Riders:
         before, rider.hop, rider.waiting = rider.hop, hop, None
         if hop is not None:
             self._owners[hop] = rider
+            rider.index = self.run.index(hop) if rider.index is None else rider.index
         if before is not None and self._owners.pop(before, None):
             self._order(before, Decision.STOP)
 
-    def _keep(self, hop: str) -> str:
+    def _keep(self, hop: str, index: int | None = None) -> str:
         """A clone that stands paused."""
-        clone = self.run.clone(hop)
+        clone = self.run.clone(hop, index=index)
         self.run.pause(clone)
         return clone
 
 
+_DIVERGED = f"{NonFiniteLossError.__module__}.{NonFiniteLossError.__name__}"
 TIMES = ("unit_time_s", "hop_time_s", "validation_time_s")
 
 
