@@ -292,11 +292,12 @@ class Cerebro:
         metric: str | None = None,
         mode: str = "min",
         keep: str | None = None,
+        policy: str | Policy | None = None,
         hosted: bool = False,
     ) -> Run:
         """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it.
 
-        `keep` wins over the executor's. In a run that is `hosted` the tuner has a loop of its own: it decides how many
+        `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it decides how many
         trials are live, shows the progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
         """
         if self._current is not None:
@@ -311,7 +312,8 @@ class Cerebro:
             self.close()
         self.start()
         assert self._workers is not None, "started"
-        settings = replace(self._settings(recipe, metric, mode), keep=keep or self.keep)
+        settings = self._settings(recipe, metric, mode)
+        settings = replace(settings, keep=keep or self.keep, policy=policy or self.policy)
         if hosted:
             settings = replace(settings, live_trials=None)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")

@@ -12,6 +12,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import torch
+from ray.tune.experiment import Trial
 from ray.tune.experiment.trial import _TrialInfo
 from ray.tune.result import TRIAL_INFO
 from torch import Tensor
@@ -157,7 +158,22 @@ def bound(cls: type) -> type:
 class ClassRiders(Riders):
     """Trials of a class-API trainable, whose results are its own."""
 
+    _recipe: ClassRecipe
+
     _shards = 1  # lengths in steps are what the class's author meant
+
+    def export_model(self, trial: Trial) -> None:
+        """Have the class export the trial's last state, in this process."""
+        rider = self._riders.get(trial.trial_id)
+        if rider is None or rider.hop is None:
+            return
+        made = ClassTrial(self._recipe.cls)
+        made.start(self._given(rider, rider.config), self.executor.plan(1, 1))
+        try:
+            made.load_state_dict(self.run.state(rider.hop))
+            made.trainable.export_model(trial.export_formats, trial.local_path)
+        finally:
+            made.close()
 
     def _given(self, rider: Rider, config: Config) -> Config:
         return {**config, TRIAL_INFO: _TrialInfo(rider.trial)}

@@ -31,8 +31,9 @@ from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialS
 from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
 from cerebro_tune.seat import current
 from cerebro_tune_ray.horizons import horizon_warning
+from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.riders import Result, Riders, Snapshot
-from cerebro_tune_ray.schedulers import check_lengths, lacking
+from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
 from cerebro_tune_ray.score import judge
 
 TESTED = "2.60"
@@ -50,6 +51,7 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
     def __init__(self, board: Board, **kwargs: Any) -> None:
         scheduler = kwargs.get("scheduler") or FIFOScheduler()
         _check_scheduler(scheduler)
+        self.compares = compares(scheduler) or isinstance(scheduler, PromotionASHA)
         self._riders = board(self)
         super().__init__(**{**kwargs, "scheduler": _Judged(scheduler)})
         self._actor_manager = _NoActors(self._riders)
@@ -71,9 +73,9 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
             known = len(self._trials)
             self._maybe_update_trial_queue()
             if len(self._trials) == known:
-                if self._search_alg.is_finished():
-                    self._riders.end_search()
-                return
+                break
+        if self._search_alg.is_finished() and not self._pending_trials:
+            self._riders.end_search()
 
     def _next_to_run(self) -> Trial | None:
         chosen = self._scheduler_alg.choose_trial_to_run(self._wrapped())

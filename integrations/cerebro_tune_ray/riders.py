@@ -23,6 +23,7 @@ from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 
 from cerebro_tune.errors import NonFiniteLossError
+from cerebro_tune.policy import abreast
 from cerebro_tune.results import TrialResult
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
@@ -36,6 +37,9 @@ Result = dict[str, Any]
 
 class Controller(Protocol):
     """What hears of the trials: Ray's loop."""
+
+    compares: bool
+    """Whether its scheduler compares trials, which are to advance side by side then."""
 
     def begun(self, shards: int, report_every: str) -> None:
         """The run has begun, and the data is known."""
@@ -84,6 +88,7 @@ class Riders:
         """By id of the run's trial; snapshots, and what nobody wants any more, have none."""
         self._deciding: str | None = None
         self._answer: Decision | None = None
+        self._search_ended = False
         self._let_go: deque[str] = deque()
 
     # What Ray orders.
@@ -136,6 +141,9 @@ class Riders:
         assert hop is not None, "it has reported"
         self._write(self.run.state(hop), folder)
 
+    def export_model(self, trial: Trial) -> None:
+        """Ray's `export_formats` are for class-API trainables; the others leave checkpoints."""
+
     def has_state(self, trial: Trial) -> bool:
         """Whether there is something to `export`."""
         rider = self._riders.get(trial.trial_id)
@@ -149,8 +157,9 @@ class Riders:
 
     def end_search(self) -> None:
         """No more trials will come, so that those there are are trained in the order that ends soonest."""
-        if self._run is not None:
+        if self._run is not None and not self._search_ended:
             self._run.end_search()
+            self._search_ended = True
 
     def close(self) -> None:
         """End the run, whatever is still going on in it."""
@@ -199,7 +208,8 @@ class Riders:
 
     def _begin(self, recipe: Recipe, **options: Any) -> None:
         self._recipe = recipe
-        self._run = self.executor.run(recipe, self, hosted=True, **options)
+        policy = abreast(self.executor.policy) if self._controller.compares else None
+        self._run = self.executor.run(recipe, self, policy=policy, hosted=True, **options)
         self._run.begin()
         self._controller.begun(self._shards, self.executor.report_every)
 
