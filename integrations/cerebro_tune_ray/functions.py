@@ -173,10 +173,11 @@ class FunctionRiders(Riders):
             self._mail.popleft()()
 
     def close(self) -> None:
-        """End the run and every call: those that are at work on something of their own are waited for."""
+        """End the run and every call: fits that Ray has stopped return, and whatever functions do then is waited for."""
         self._calls.clear()
+        while self._fits.keys() - self._owners.keys():
+            self.wait(_LAST_CALLS_S)
         super().close()
-        self._fits.clear()
         while any(thread.is_alive() for thread in self._threads):
             self._turn_away()
             self._bell.wait(_LAST_CALLS_S)
