@@ -72,7 +72,7 @@ class Crew:
         for task in tasks:
             self.running[worker] = task.unit
             known, trial = self._configured[worker], task.unit.trial
-            self._workers.send(worker, replace(task, config=None) if trial in known else task)
+            self._workers.send(worker, replace(task, config=None, recipe=None) if trial in known else task)
             known.add(trial)
 
     def forget(self, trials: Iterable[str], buffers: Iterable[int]) -> None:

@@ -277,9 +277,9 @@ class Cerebro:
         """Train one trial to its end, from any thread, next to those that other threads train by this method.
 
         The first call begins a run, calls that come while it lasts join it, the last to leave ends it. `caller`
-        says who answers the trial's reports; None lets it go on to its end.
+        says who answers the trial's reports; None lets it go on to its end. They may train different things.
         """
-        recipe = as_recipe(trainable)
+        recipe = self.recipe(trainable)
         return self._shared.train(
             self, recipe, dict(config or {}), caller or Caller(TrainAll().on_report), metric, mode
         )
@@ -291,9 +291,7 @@ class Cerebro:
         one_of(mode=mode, valid=("min", "max"))
         if metric is not None and not isinstance(metric, str):
             raise ConfigurationError(f"metric is {metric!r}; it must be the name of one metric.")
-        recipe = as_recipe(trainable)
-        if recipe.datamodule is not None:
-            self.use_data(datamodule=recipe.datamodule)
+        recipe = self.recipe(trainable)
         if self._workers is not None and edited_since(self._started_s):
             self.close()
         self.start()
@@ -313,6 +311,13 @@ class Cerebro:
             raise
         self._current = self._grower.run = None
         return results
+
+    def recipe(self, trainable: Any) -> Recipe:
+        """What is to be trained, made uniform; a DataModule that comes with it is this executor's data."""
+        recipe = as_recipe(trainable)
+        if recipe.datamodule is not None:
+            self.use_data(datamodule=recipe.datamodule)
+        return recipe
 
     def start(self) -> None:
         """Start the workers, unless they are up."""

@@ -36,6 +36,10 @@ class TrialResult:
     last_checkpoint: Path | None = None
     error: str | None = None
     """The traceback of a failed trial."""
+    raised: Sequence[str] = ()
+    """The classes of the exception in it, by their full names, the most specific first."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What its units took: compute, validate and hop; the rest of its life it waited."""
 
     def __repr__(self) -> str:
         values = {name: value for name, value in self.metrics.items() if isinstance(value, int | float)}
