@@ -23,6 +23,7 @@ from cerebro_tune.arguments import (
     one_of,
 )
 from cerebro_tune.budget import state_budget
+from cerebro_tune.crew import Grower
 from cerebro_tune.data.base import RowSet
 from cerebro_tune.data.index import IndexedDataset
 from cerebro_tune.errors import ConfigurationError
@@ -36,7 +37,7 @@ from cerebro_tune.run import Run
 from cerebro_tune.settings import RunSettings, TrainAll, Tuner
 from cerebro_tune.sharedrun import Caller, SharedRun
 from cerebro_tune.signals import interruptible
-from cerebro_tune.store import BufferRef, StateStore
+from cerebro_tune.store import StateStore
 from cerebro_tune.trainable import Config, Plan, Recipe, as_recipe
 from cerebro_tune.workers.base import Workers, make_workers, ship
 from cerebro_tune.workers.messages import RunSpec
@@ -131,7 +132,7 @@ class Cerebro:
         self._threads = max(1, len(cores()) // len(self.devices))
         self._workers: Workers | None = None
         self._current: Run | None = None
-        self._grower = _Grower()
+        self._grower = Grower()
         self._shared = SharedRun()
         self._taking = threading.Lock()
         self._data: GivenData | None = None
@@ -254,15 +255,17 @@ class Cerebro:
                 run.add(config)
             run.end_search()
         except BaseException:
-            self._end(run)
+            self.give_up(run)
             raise
+        return self.search(run)
+
+    def search(self, run: Run) -> Results:
+        """Drive a run to its end, or to Ctrl-C, and say in one line where the time went."""
         with interruptible(run):
             results = self.drive(run)
         if self._progress is not False:
             # Workers of the inline backend take turns: that they idle is no news.
-            hint = results.shares.hint if self.backend != "inline" else None
-            begin = "Interrupted; the results so far. " if results.interrupted else ""
-            print(f"{begin}{results.shares}" + (f" ({hint})" if hint else ""))
+            print(results.closing_line(hint=self.backend != "inline"))
         return results
 
     def train_one(
@@ -307,7 +310,7 @@ class Cerebro:
         try:
             results = run.drive()
         except BaseException:
-            self._end(run)
+            self.give_up(run)
             raise
         self._current = self._grower.run = None
         return results
@@ -353,8 +356,8 @@ class Cerebro:
     ) -> None:
         self.close()
 
-    def _end(self, run: Run) -> None:
-        """Give a run up."""
+    def give_up(self, run: Run) -> None:
+        """Let go of a run that is not driven to its end."""
         run.close()
         self._current = self._grower.run = None
         if not run.units:
@@ -392,13 +395,3 @@ class Cerebro:
 
 DATA_FILE = "data.json"
 """In a run's folder: what its index was made from, which must still be so when the run is taken up again."""
-
-
-class _Grower:
-    """Answers workers that need a buffer, from the run in progress; it outlives runs, and keeps no executor alive."""
-
-    run: Run | None = None
-
-    def grow(self, trial: str, nbytes: int) -> BufferRef:
-        assert self.run is not None, "a worker runs a unit, and there is no run"
-        return self.run.grow(trial, nbytes)

@@ -79,6 +79,11 @@ class Results(Sequence[TrialResult]):
         told = ", ".join(f"{count} {status}" for status, count in counts.items())
         return f"Results({told or 'no trials'}; {self.run_dir})"
 
+    def closing_line(self, hint: bool) -> str:
+        """Where the time went, and with a hint what to do about it."""
+        begin = "Interrupted; the results so far. " if self.interrupted else ""
+        return f"{begin}{self.shares}" + (f" ({self.shares.hint})" if hint and self.shares.hint else "")
+
     @property
     def ranked(self) -> list[TrialResult]:
         """The trials that have the metric, best first."""
