@@ -9,11 +9,14 @@ complete or pruned. Everything else is Optuna's own: the rule, the arguments, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
+from copy import copy
 from typing import cast
 
 import optuna
 from optuna import pruners as stock
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from cerebro_tune.arguments import at_least
@@ -31,11 +34,21 @@ class _Peers:
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
         step, mine = self._trial.last_step, self._trial.number
         others = self._study.get_trials(deepcopy=deepcopy)
-        return [other for other in others if other.number != mine and step in other.intermediate_values]
+        at_step = [(other, other.intermediate_values.get(step or 0, math.nan)) for other in others]
+        return [other for other, value in at_step if other.number != mine and not math.isnan(value)]
 
 
 def _peers(study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
     return cast(optuna.Study, _Peers(study, trial))
+
+
+def _without_nan(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
+    """The trial with the worst of all values where it has NaN: what NumPy warns of says nothing to a user."""
+    worst = -math.inf if study.direction is StudyDirection.MAXIMIZE else math.inf
+    copied = copy(trial)
+    reports = trial.intermediate_values.items()
+    copied.intermediate_values = {step: worst if math.isnan(value) else value for step, value in reports}
+    return copied
 
 
 class PercentilePruner(stock.PercentilePruner):
@@ -46,7 +59,7 @@ class PercentilePruner(stock.PercentilePruner):
     """
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:  # noqa: D102
-        return super().prune(_peers(study, trial), trial)
+        return super().prune(_peers(study, trial), _without_nan(study, trial))
 
 
 class MedianPruner(stock.MedianPruner):
@@ -57,7 +70,7 @@ class MedianPruner(stock.MedianPruner):
     """
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:  # noqa: D102
-        return super().prune(_peers(study, trial), trial)
+        return super().prune(_peers(study, trial), _without_nan(study, trial))
 
 
 class HyperbandPruner(stock.HyperbandPruner):
