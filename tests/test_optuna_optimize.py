@@ -18,6 +18,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 import nets
 from cerebro_tune import Cerebro, TorchTrainable
@@ -169,18 +170,21 @@ def test_callbacks_see_the_told_trial_and_may_stop_the_study(options: dict[str, 
 
 def test_a_timeout_lets_those_in_flight_end(options: dict[str, Any]) -> None:
     def slow(trial: optuna.Trial) -> Any:
-        time.sleep(0.06)
+        time.sleep(0.5 * trial.number)
         return linear(trial)
 
     study = a_study()
     with Cerebro(**options) as cerebro:
-        optimize(study, slow, timeout=0.1, executor=cerebro, metric="val_loss")
+        optimize(study, slow, timeout=0.4, executor=cerebro, metric="val_loss")
         assert states(study) == [COMPLETE, COMPLETE]
         optimize(study, slow, timeout=0, executor=cerebro, metric="val_loss")
     assert len(study.trials) == 2
 
 
-def test_garbage_is_collected_and_the_bar_is_shown(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_garbage_is_collected_and_the_bar_is_shown(
+    options: dict[str, Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)  # no thread of its own
     study, collected = a_study(), []
     gc.callbacks.append(lambda phase, info: collected.append(info["generation"]) if phase == "stop" else None)
     try:
@@ -242,10 +246,14 @@ def test_what_is_raised_in_training(options: dict[str, Any]) -> None:
 
 
 class Unsteady(Linear):
-    """Has a metric that is NaN in the end."""
+    """Has a metric that may be NaN."""
+
+    def build(self, config: Any, plan: Any) -> Any:
+        self.f1 = float("nan") if config["nan"] else 1.0
+        return super().build(config, plan)
 
     def validation_step(self, model: Any, batch: Any) -> dict[str, Any]:
-        return super().validation_step(model, batch) | {"val_f1": float("nan") if self._config["nan"] else 1.0}
+        return super().validation_step(model, batch) | {"val_f1": self.f1}
 
 
 def test_nan_fails_the_trial_only(options: dict[str, Any]) -> None:
@@ -284,9 +292,11 @@ def test_mistakes_are_told_before_and_leave_nothing_running(options: dict[str, A
 
 def test_ctrl_c_ends_the_search_with_what_there_is(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     def interrupt(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        if not interrupted:
+            interrupted.append(trial.number)
+            os.kill(os.getpid(), signal.SIGINT)
 
-    study = a_study()
+    study, interrupted = a_study(), list[int]()
     with Cerebro(**options | {"progress": None}) as cerebro:
         optimize(study, linear, 9, executor=cerebro, metric="val_loss", callbacks=[interrupt])
     assert COMPLETE in states(study)
@@ -298,7 +308,7 @@ def test_ctrl_c_ends_the_search_with_what_there_is(options: dict[str, Any], capf
 # Several objectives, constraints, instances, trials that end by themselves.
 
 
-def test_several_objectives(options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_several_objectives(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     def objective(trial: optuna.Trial) -> Any:
         lr = trial.suggest_float("lr", 1e-4, 1.0, log=True)
         trial.set_constraint("rate", lr - 0.5)
@@ -312,7 +322,7 @@ def test_several_objectives(options: dict[str, Any], capfd: pytest.CaptureFixtur
         results = cerebro.fit(Linear, configs[:4])
         with pytest.raises(UnknownMetricError, match=r"No report of trial-000. has a metric 'val_f1'"):
             optimize(study, objective, 2, executor=cerebro, metric=["val_loss", "val_f1"])
-    assert "nothing will be pruned" in capfd.readouterr().err
+    assert "nothing will be pruned" in caplog.text
     for trial, result in zip(study.trials[:4], results, strict=True):
         assert trial.values == [result.last_metrics["val_loss"], result.last_metrics["val_accuracy"]]
     assert set(states(study)[:6]) == {COMPLETE}
@@ -390,6 +400,7 @@ class Scripted(TorchTrainable):
     """Reports what its config says."""
 
     def build(self, config: Any, plan: Any) -> Any:
+        self.score = float(config["score"])
         model = torch.nn.Linear(8, 2)
         return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -397,7 +408,7 @@ class Scripted(TorchTrainable):
         return model(batch[0]).square().mean()
 
     def run_unit(self, work: Any) -> dict[str, float]:
-        return super().run_unit(work) | {"score": float(self._config["score"])}
+        return super().run_unit(work) | {"score": self.score}
 
 
 @pytest.mark.parametrize("live", [1, 3, 9])

@@ -53,11 +53,19 @@ class Teller:
         self.tell(seat, Outcome(TrialState.FAIL, reason=repr(error)))
 
     def cut_short(self, seat: TrialSeat, reason: str) -> None:
-        """The trial will not end, since the search does: none of ours is left RUNNING."""
-        self.tell(seat, Outcome(TrialState.FAIL, reason=reason))
+        """The trial will not end, since the search does: none of ours is left RUNNING. No callback hears of it."""
+        self._tell(seat, Outcome(TrialState.FAIL, reason=reason))
 
     def tell(self, seat: TrialSeat, outcome: Outcome) -> None:
         """Tell the study, then the callbacks."""
+        frozen = self._tell(seat, outcome)
+        if self._gc_after_trial:
+            gc.collect()
+        for callback in self._callbacks:
+            callback(self._study, frozen)
+        self._bar.update(monotonic() - self._began_s, self._study)
+
+    def _tell(self, seat: TrialSeat, outcome: Outcome) -> FrozenTrial:
         study, trial = self._study, seat.trial
         try:
             if outcome.reason:
@@ -66,11 +74,7 @@ class Teller:
         except UpdateFinishedTrialError:  # somebody else has told its end
             frozen = study.get_trials()[trial.number]
         _log(frozen, outcome.reason)
-        if self._gc_after_trial:
-            gc.collect()
-        for callback in self._callbacks:
-            callback(study, frozen)
-        self._bar.update(monotonic() - self._began_s, study)
+        return frozen
 
     def _keep(self, error: BaseException) -> None:
         self.error = self.error or error
@@ -91,5 +95,5 @@ def _log(trial: FrozenTrial, reason: str) -> None:
         _logger.info(f"Trial {trial.number} pruned.")
     else:
         _logger.warning(
-            f"Trial {trial.number} failed with parameters: {trial.params} because of the following error: {reason}."
+            f"Trial {trial.number} failed with parameters: {trial.params} because of the following error: {reason}"
         )
