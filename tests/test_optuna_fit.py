@@ -209,15 +209,13 @@ def test_the_callback_deletes_nothing_of_others(options: dict[str, Any], tmp_pat
         optimize(study, linear, 4, executor=cerebro, metric=["val_loss", "val_accuracy"], callbacks=[callback])
         kept = {trial.number for trial in study.trials if Path(trial.user_attrs["checkpoint"]).exists()}
         assert kept == {trial.number for trial in study.best_trials}
-        for folder, trial_id in ((tmp_path / "elsewhere" / "run", "trial-0000"), (cerebro.run_dir, "..")):
-            mine = Path(str(folder), trial_id)
-            mine.mkdir(parents=True, exist_ok=True)
-            (mine / "precious").touch()
+        for folder in (tmp_path / "elsewhere" / "run" / "trial-0000", Path(str(cerebro.run_dir), "run-0000", "..")):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "precious").touch()
             trial = study.ask()
-            trial.set_user_attr("run_dir", str(folder))
-            trial.set_user_attr("trial_id", trial_id)
+            trial.set_user_attr("folder", str(folder))
             callback(study, study.tell(trial, state=FAIL))
-            assert (mine / "precious").exists()
+            assert (folder / "precious").exists()
     with pytest.raises(ConfigurationError, match="max_units is 0"):
         CerebroCallback(cerebro, max_units=0)
 

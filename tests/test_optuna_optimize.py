@@ -71,10 +71,11 @@ def test_attributes_tell_what_a_trial_took(options: dict[str, Any]) -> None:
     for trial in study.trials:
         attrs = trial.user_attrs
         assert (attrs["units"], attrs["epochs"]) == (8, 2.0)
-        assert Path(attrs["checkpoint"]).parent == Path(attrs["run_dir"]) / attrs["trial_id"]
-        spent = [attrs[name] for name in ("training_s", "hopping_s", "validating_s", "waiting_s")]
-        assert all(seconds > 0 for seconds in spent)
-        assert sum(spent) < elapsed_s
+        assert Path(attrs["checkpoint"]).parent == Path(attrs["folder"])
+        assert Path(attrs["folder"]).name == attrs["trial_id"]
+        assert list(attrs["seconds"]) == ["training", "hopping", "validating", "waiting"]
+        assert all(seconds > 0 for seconds in attrs["seconds"].values())
+        assert sum(attrs["seconds"].values()) < elapsed_s
         assert "error" not in attrs
     assert len({trial.user_attrs["trial_id"] for trial in study.trials}) == 5
 

@@ -60,9 +60,9 @@ def optimize(
         gc_after_trial: Collect garbage after every trial.
         show_progress_bar: Show Optuna's own.
 
-    Each trial gets user attributes: trial_id, units, epochs, training_s, hopping_s, validating_s, waiting_s,
-    checkpoint, run_dir, and error if it failed. Trials that a killed process has left RUNNING, with the same run
-    directory, are told FAIL first. Ctrl-C ends the search, and fails the trials in flight.
+    Each trial gets user attributes: trial_id, units, epochs, seconds (of training, hopping, validating, waiting),
+    checkpoint, folder, process, and error if it failed. Trials that a killed process has left RUNNING, with the same
+    run directory, are told FAIL first. Ctrl-C ends the search, and fails the trials in flight.
     """
     check_value(value)
     measured_by(study, metric)

@@ -52,11 +52,9 @@ class CerebroCallback:
     def _drop(self, trial: FrozenTrial) -> None:
         """Delete the trial's folder, if it is of a run of this executor's."""
         self._dropped.add(trial.number)
-        folder, trial_id = trial.user_attrs.get("run_dir"), trial.user_attrs.get("trial_id")
-        if folder and trial_id:
-            path = Path(folder, trial_id).resolve()
-            if path.parent.parent == left_over.runs_of(self._executor).resolve():
-                rmtree(path, ignore_errors=True)
+        folder = Path(trial.user_attrs.get("folder", "")).resolve()
+        if folder.parent.parent == left_over.runs_of(self._executor).resolve():
+            rmtree(folder, ignore_errors=True)
 
 
 def _units(trials: list[FrozenTrial]) -> int:

@@ -55,11 +55,10 @@ class TrialSeat:
         trial.set_user_attr(left_over.PROCESS, left_over.this_process(executor))
 
     def sit(self, trial_id: str) -> None:
-        """Note, once, which trial of which run this is."""
+        """Note, once, which trial of which run this is, by the folder of its checkpoints."""
         if not self._seated and self.executor.current is not None:
             self._seated = True
-            self.trial.set_user_attr("trial_id", trial_id)
-            self.trial.set_user_attr("run_dir", str(self.executor.current.settings.run_dir))
+            self.trial.set_user_attr("folder", str(self.executor.current.settings.run_dir / trial_id))
 
     def decide(self, trial_id: str, report: Report) -> Decision:
         """Hand a report to the trial, and its pruner's answer back."""
@@ -90,16 +89,22 @@ class TrialSeat:
             raise optuna.TrialPruned(f"{result.trial_id} was pruned after {len(result.visits)} units.")
 
     def note(self, result: TrialResult) -> None:
-        """Write down, as user attributes of the trial, what it took and where its checkpoint is."""
-        seconds = {name: result.seconds.get(name, 0.0) for name in ("compute", "hop", "validate")}
+        """Write down, as user attributes of the trial, what it took and where its checkpoint is.
+
+        There are few of them, since a storage may take 10 ms for each.
+        """
+        spent = result.seconds
+        waited = max(0.0, monotonic() - self._began_s - sum(spent.values()))
         noted = {
             "trial_id": result.trial_id,
             "units": len(result.visits),
             "epochs": result.last_metrics.get("epoch", 0.0),
-            "training_s": seconds["compute"],
-            "hopping_s": seconds["hop"],
-            "validating_s": seconds["validate"],
-            "waiting_s": max(0.0, monotonic() - self._began_s - sum(seconds.values())),
+            "seconds": {
+                "training": spent["compute"],
+                "hopping": spent["hop"],
+                "validating": spent["validate"],
+                "waiting": waited,
+            },
             "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
         }
         try:
