@@ -39,6 +39,7 @@ from cerebro_tune.sharedrun import Caller, SharedRun
 from cerebro_tune.signals import interruptible
 from cerebro_tune.store import StateStore
 from cerebro_tune.trainable import Config, Plan, Recipe, as_recipe
+from cerebro_tune.units import Units
 from cerebro_tune.workers.base import Workers, make_workers, ship
 from cerebro_tune.workers.messages import RunSpec
 
@@ -233,9 +234,9 @@ class Cerebro:
             )
         return self._data
 
-    def units(self, epochs: float) -> int:
+    def units(self, epochs: float) -> Units:
         """Epochs in units: what a tuner calls `max_t` or `grace_period` when every unit is reported."""
-        return round(epochs * self.train.num_shards)
+        return Units(round(epochs * self.train.num_shards))
 
     def fit(
         self, trainable: Any, configs: Iterable[Config] | None = None, *, metric: str | None = None, mode: str = "min"

@@ -261,10 +261,13 @@ def test_steps_that_are_meant_as_epochs_are_told_of_once(options: dict[str, Any]
     pruner = pruners.MedianPruner(n_warmup_steps=2)
     (message,) = warned(a_study(pruner=pruner), options)
     assert "n_warmup_steps=2, and a step is a unit here: 2 of 4 are 0.5 epochs" in message
-    assert "For 2 epochs write n_warmup_steps=cerebro.units(2), which is 8" in message
+    assert "For 2 epochs write n_warmup_steps=cerebro.units(2), which is 8, for 0.5 write cerebro.units(0.5)" in message
     assert warned(a_study(pruner=pruner), options) == []
     for fine in (0, 1, 4):
         assert warned(a_study(pruner=pruners.MedianPruner(n_warmup_steps=fine)), options) == []
+    with Cerebro(**options) as cerebro:
+        meant = pruners.MedianPruner(n_warmup_steps=cerebro.units(0.5))
+    assert warned(a_study(pruner=meant), options) == []
     epochs = pruners.MedianPruner(n_warmup_steps=2)
     assert warned(a_study(pruner=epochs), options, report_every="epoch") == []
     (message,) = warned(a_study(pruner=optuna.pruners.HyperbandPruner(max_resource=3)), options)

@@ -9,6 +9,7 @@ from optuna import pruners as stock
 from optuna.trial import TrialState
 
 from cerebro_tune.executor import Cerebro
+from cerebro_tune.units import Units
 from cerebro_tune.warn import warn_user
 from cerebro_tune_optuna import versions
 
@@ -63,10 +64,11 @@ def _check_steps(pruner: stock.BasePruner, executor: Cerebro) -> None:
         return
     for name in _STEPS:
         steps = versions.setting(pruner, name)
-        if isinstance(steps, int) and 1 < steps < shards:
+        if isinstance(steps, int) and not isinstance(steps, Units) and 1 < steps < shards:
+            part = f"{steps / shards:.3g}"
             warn_user(
                 f"{type(pruner).__name__} has {name}={steps}, and a step is a unit here: {steps} of {shards} are "
-                f"{steps / shards:.3g} epochs. For {steps} epochs write {name}=cerebro.units({steps}), which is "
-                f"{steps * shards}; or let every epoch be a step: Cerebro(report_every='epoch')."
+                f"{part} epochs. For {steps} epochs write {name}=cerebro.units({steps}), which is {steps * shards}, for "
+                f"{part} write cerebro.units({part}); or let every epoch be a step: Cerebro(report_every='epoch')."
             )
             return
