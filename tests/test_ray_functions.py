@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import pytest
 import ray.tune
 import torch
-from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
-from torch.utils.data import DataLoader
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
 import lightning_nets
 from cerebro_tune import Cerebro
@@ -173,7 +171,12 @@ def test_an_exploit_calls_the_function_again_on_the_good_state(asked: dict[str, 
     )  # fmt: skip
     random.seed(3)
     analysis = tune.run(
-        train, config={"lr": tune.loguniform(1e-3, 0.3)}, num_samples=4, scheduler=scheduler, callbacks=[Watch()], **asked
+        train,
+        config={"lr": tune.loguniform(1e-3, 0.3)},
+        num_samples=4,
+        scheduler=scheduler,
+        callbacks=[Watch()],
+        **asked,
     )
     assert [trial.last_result["training_iteration"] for trial in analysis.trials] == [16] * 4
     assert changed >= 2

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import nets
 import pytest
 import ray.tune
 import torch
@@ -19,6 +18,7 @@ from ray.tune.search.hyperopt import HyperOptSearch
 from ray.tune.search.optuna import OptunaSearch
 from safetensors.torch import load_file
 
+import nets
 from cerebro_tune import Cerebro, current_shard
 from cerebro_tune.errors import ConfigurationError, NotTrainableError
 from cerebro_tune_ray import tune
@@ -328,7 +328,9 @@ class Recorded(tune.Callback):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("config", [{"checkpoint_at_end": True}, {"checkpoint_frequency": 2, "checkpoint_at_end": True}])
+@pytest.mark.parametrize(
+    "config", [{"checkpoint_at_end": True}, {"checkpoint_frequency": 2, "checkpoint_at_end": True}]
+)
 def test_callbacks_hear_what_they_hear_in_stock_ray(asked: dict[str, Any], config: Any) -> None:
     heard = []
     for executor in (asked["executor"], None):
@@ -368,7 +370,10 @@ def test_lengths_below_an_epoch_are_told_once(asked: dict[str, Any]) -> None:
 def test_a_config_that_the_model_refuses_fails_its_trial(asked: dict[str, Any]) -> None:
     lightning_nets = pytest.importorskip("lightning_nets")
     analysis = tune.run(
-        lightning_nets.Momentum, config={"lr": 0.1, "depth": tune.grid_search([1, 2])}, raise_on_failed_trial=False, **asked
+        lightning_nets.Momentum,
+        config={"lr": 0.1, "depth": tune.grid_search([1, 2])},
+        raise_on_failed_trial=False,
+        **asked,
     )
     assert statuses(analysis) == ["ERROR"] * 2
     assert "does not take 'depth'" in str(analysis.trials[0].get_error())

@@ -293,7 +293,8 @@ def check() -> None:
     lacking = [
         name
         for name, parameters in _USED.items()
-        if not set(parameters) <= _parameters_of(getattr(TuneController, name, None)) or not hasattr(TuneController, name)
+        if not set(parameters) <= _parameters_of(getattr(TuneController, name, None))
+        or not hasattr(TuneController, name)
     ]
     if lacking:
         raise MissingHostError(

@@ -36,7 +36,7 @@ Asked = tuple[Recipe, Config, TakeState, str | None, str]
 """A fit, as `Seat.train` is asked for it."""
 
 
-class CallOver(BaseException):  # noqa: N818  # ends a user's function whatever it catches
+class CallOver(BaseException):  # ends a user's function whatever it catches
     """Ray has stopped the trial of this call, and it wants more."""
 
 
@@ -196,7 +196,11 @@ class FunctionRiders(Riders):
             if self._run is None:
                 self._begin(recipe, metric=metric, mode=mode)
             begin, call.begin = call.begin, None
-            hop = self.run.add(config, rider.index) if begin is None else self.run.clone(begin.hop, config, rider.index)
+            hop = (
+                self.run.add(config, index=rider.index)
+                if begin is None
+                else self.run.clone(begin.hop, config, rider.index)
+            )
         except CerebroError as error:
             reply.set_exception(error)
             return
@@ -204,9 +208,7 @@ class FunctionRiders(Riders):
         self._fits[hop] = reply, take_state
         self._replace(rider, hop)
 
-    def report(
-        self, call: Call, metrics: dict[str, Any], checkpoint: Checkpoint | None, reply: Future[Any]
-    ) -> None:
+    def report(self, call: Call, metrics: dict[str, Any], checkpoint: Checkpoint | None, reply: Future[Any]) -> None:
         """Hand Ray what the function reports itself, its return among it."""
         rider = self._riders[call.trial.trial_id]
         if not self._is_on(call):

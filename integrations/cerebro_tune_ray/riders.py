@@ -231,7 +231,7 @@ class Riders:
         if snapshot is not None:
             self._replace(rider, self.run.clone(snapshot.hop, self._given(rider, config), rider.index))
         elif rider.hop is None:
-            self._replace(rider, self.run.add(self._given(rider, config), rider.index))
+            self._replace(rider, self.run.add(self._given(rider, config), index=rider.index))
         elif config != rider.config:
             self._replace(rider, self.run.clone(rider.hop, self._given(rider, config), rider.index))
         elif rider.waiting is None:
