@@ -301,8 +301,8 @@ class Cerebro:
     ) -> Run:
         """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it.
 
-        `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it decides how many
-        trials are live, shows the progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
+        `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it
+        decides how many trials are live, shows progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
         """
         if self._current is not None:
             raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")

@@ -24,7 +24,8 @@ from ray.tune.result import RESULT_DUPLICATE, SHOULD_CHECKPOINT
 
 from cerebro_tune.errors import CerebroError, NotTrainableError
 from cerebro_tune.results import TrialResult
-from cerebro_tune.seat import Seat, TakeState, seated
+from cerebro_tune.seat import Seat, seated
+from cerebro_tune.sharedrun import TakeState
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
 from cerebro_tune_ray.riders import Controller, Result, Rider, Riders, Snapshot, filled
@@ -173,7 +174,7 @@ class FunctionRiders(Riders):
             self._mail.popleft()()
 
     def close(self) -> None:
-        """End the run and every call: fits that Ray has stopped return, and whatever functions do then is waited for."""
+        """End the run and every call: fits that Ray has stopped return, and what functions do then is waited for."""
         self._calls.clear()
         while self._fits.keys() - self._owners.keys():
             self.wait(_LAST_CALLS_S)
@@ -196,11 +197,10 @@ class FunctionRiders(Riders):
             if self._run is None:
                 self._begin(recipe, metric=metric, mode=mode)
             begin, call.begin = call.begin, None
-            hop = (
-                self.run.add(config, index=rider.index)
-                if begin is None
-                else self.run.clone(begin.hop, config, rider.index)
-            )
+            if begin is None:
+                hop = self.run.add(config, index=rider.index)
+            else:
+                hop = self.run.clone(begin.hop, config, rider.index)
         except CerebroError as error:
             reply.set_exception(error)
             return

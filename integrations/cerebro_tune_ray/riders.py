@@ -277,7 +277,8 @@ class Riders:
         if hop is not None:
             self._owners[hop] = rider
             rider.index = self.run.index(hop) if rider.index is None else rider.index
-        if before is not None and self._owners.pop(before, None):
+        if before in self._owners:
+            del self._owners[before]
             self._order(before, Decision.STOP)
 
     def _keep(self, hop: str, index: int | None = None) -> str:
@@ -323,7 +324,7 @@ def _address() -> str:
 _ADDRESS = _address()
 
 
-class Snapshot(Checkpoint):  # type: ignore[misc]  # Ray's classes have no types
+class Snapshot(Checkpoint):
     """A trial's state as it was, held in the run for as long as somebody refers to this; copies are one and the same.
 
     It takes the place of a Checkpoint where a scheduler keeps one of a trial that others may exploit, and is no folder.
