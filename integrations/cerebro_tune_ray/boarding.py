@@ -47,9 +47,9 @@ def boarded(given: Any) -> Boarded:
             f"{given!r} cannot be trained on an executor: give what is to be trained, and the rest as arguments of run."
         )
     found: Any = get_trainable_cls(given) if isinstance(given, str) else given
-    if isinstance(found, type) and issubclass(found, FunctionTrainable):
+    if _is_class(found, FunctionTrainable):
         return _function(found)
-    if isinstance(found, type) and issubclass(found, ray.tune.Trainable):
+    if _is_class(found, ray.tune.Trainable):
         _explain_resources(found.__name__, found.default_resource_request({}))
         return Boarded(found, partial(_class_riders, ClassRecipe(found)))
     if _is_function(found):
@@ -57,6 +57,10 @@ def boarded(given: Any) -> Boarded:
         return _function(wrap_function(found, name=_name(found)))
     recipe = as_recipe(found)
     return Boarded(_stand_in(recipe), lambda executor, controller: Riders(executor, recipe, controller))
+
+
+def _is_class(given: Any, kind: type) -> bool:
+    return isinstance(given, type) and issubclass(given, kind)
 
 
 def _is_function(given: Any) -> bool:
