@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -22,6 +23,29 @@ class StandInTrial:
 
     def is_finished(self) -> bool:
         return self.status in _ENDED
+
+
+@dataclass(eq=False)
+class Member(StandInTrial):
+    """What PBT wants of a trial: its config tells which member's state it has."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    evaluated_params: dict[str, Any] = field(default_factory=dict)
+    last_result: dict[str, Any] = field(default_factory=dict)
+    experiment_tag = ""
+    run_metadata: Any = None
+
+    def __post_init__(self) -> None:
+        self.config = {"member": self.trial_id, "lr": 0.1 + int(self.trial_id) / 10}
+        self.run_metadata = SimpleNamespace(
+            checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
+        )
+
+    def set_experiment_tag(self, tag: str) -> None:
+        self.experiment_tag = tag
+
+    def set_config(self, config: dict[str, Any]) -> None:
+        self.config = config
 
 
 class StandInSearch:
@@ -54,11 +78,13 @@ class StandInController:
         slots: int,
         *,
         limit: float = float("inf"),
+        stop: float = float("inf"),
         ask: Callable[..., str] = lambda scheduler, *result: scheduler.on_trial_result(*result),
         report: Callable[[int, Any], dict[str, Any]] = lambda unit, score: {"training_iteration": unit, "loss": score},
     ) -> None:
         self.scheduler = scheduler
         self.slots = slots
+        self.stop = stop
         self.ask = ask
         self.report = report
         self.search_alg = StandInSearch([self.make(str(n), curve) for n, curve in enumerate(curves)], limit)
@@ -110,7 +136,8 @@ class StandInController:
             return False
         trial = running[pick % len(running)]
         trial.units += 1
-        decision = self.ask(self.scheduler, self, trial, self.last_result(trial))
+        ends = trial.units >= self.stop  # a stop condition: the scheduler is not asked
+        decision = TrialScheduler.STOP if ends else self.ask(self.scheduler, self, trial, self.last_result(trial))
         if decision == TrialScheduler.PAUSE:
             trial.status = Trial.PAUSED
         elif decision == TrialScheduler.STOP:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +25,7 @@ from ray.tune.schedulers.pb2 import PB2
 from cerebro_tune_ray import PromotionASHA
 from cerebro_tune_ray.schedulers import lacking
 from cerebro_tune_ray.score import fill_score, judge, loss_of
-from ray_stand_in import StandInController, StandInTrial
+from ray_stand_in import Member, StandInController, StandInTrial
 
 Curve = Sequence[Any]
 SCORES = st.sampled_from([0.0, 0.5, 1.0, math.nan, math.nan, None, math.inf]) | st.floats(-2, 2)
@@ -42,8 +41,8 @@ def unscored(score: float | None) -> bool:
 class Search(StandInController):
     """Asks through `judge`, and has the searcher that BOHB's scheduler talks to."""
 
-    def __init__(self, scheduler: TrialScheduler, curves: Sequence[Curve], slots: int) -> None:
-        super().__init__(scheduler, curves, slots, ask=judge)
+    def __init__(self, scheduler: TrialScheduler, curves: Sequence[Curve], slots: int, **options: Any) -> None:
+        super().__init__(scheduler, curves, slots, ask=judge, **options)
         self.search_alg.searcher = SimpleNamespace(on_pause=lambda trial_id: None, on_unpause=lambda trial_id: None)
 
     def complete(self, trial: StandInTrial, result: dict[str, Any]) -> None:
@@ -87,13 +86,8 @@ def test_none_survives_a_rung_of_hyperband(
 @given(CURVES, PICKS, st.integers(1, 5))
 def test_none_survives_the_grace_period_of_the_median_rule(curves: list[Curve], picks: list[int], slots: int) -> None:
     rule = MedianStoppingRule(time_attr="training_iteration", grace_period=3, min_samples_required=2, **COMPARED)
-    search = Search(rule, curves, slots)
-    for step in range(8 * len(curves)):
-        running = search.of(Trial.RUNNING)
-        if running and (done := running[picks[step % len(picks)] % len(running)]).units == 8:
-            search.stop_trial(done)
-        elif not search.step(picks[step % len(picks)]):
-            break
+    search = Search(rule, curves, slots, stop=8)
+    search.end(picks)
     for trial in search.trials:
         assert not any(unscored(score) for score in trial.curve[2 : trial.units - 1])
 
@@ -149,29 +143,6 @@ def test_schedulers_that_do_not_compare_see_what_was_reported(score: float | Non
 def test_losses(value: float | None, mode: str, loss: float) -> None:
     assert loss_of({"metric": value}, "metric", mode) == loss_of({"metric": value, "other": 0}, "metric", mode) == loss
     assert loss_of({}, "metric", mode) == math.inf
-
-
-@dataclass(eq=False)
-class Member(StandInTrial):
-    """What PBT wants of a trial: its config tells which member's state it has."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    evaluated_params: dict[str, Any] = field(default_factory=dict)
-    last_result: dict[str, Any] = field(default_factory=dict)
-    experiment_tag = ""
-    run_metadata: Any = None
-
-    def __post_init__(self) -> None:
-        self.config = {"member": self.trial_id, "lr": 0.1 + int(self.trial_id) / 10}
-        self.run_metadata = SimpleNamespace(
-            checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
-        )
-
-    def set_experiment_tag(self, tag: str) -> None:
-        self.experiment_tag = tag
-
-    def set_config(self, config: dict[str, Any]) -> None:
-        self.config = config
 
 
 class Population(Search):
