@@ -144,9 +144,10 @@ class StandInController:
             self.stop_trial(trial)
         return True
 
-    def end(self, picks: Sequence[int] = (0,)) -> None:
-        """Go on to the end of the search, taking the picks round and round."""
-        step = 0
-        while self.step(picks[step % len(picks)]):
-            step += 1
-            assert step < 100_000, "the search does not end"
+    def end(self, picks: Sequence[int] = (0,), slots: Sequence[int] = ()) -> None:
+        """Go on to the end of the search, with picks, and numbers of slots, that are taken round and round."""
+        for step in range(100_000):
+            self.slots = slots[step % len(slots)] if slots else self.slots
+            if not self.step(picks[step % len(picks)]):
+                return
+        raise AssertionError("the search does not end")
