@@ -23,6 +23,7 @@ from cerebro_tune.arguments import (
     one_of,
 )
 from cerebro_tune.budget import state_budget
+from cerebro_tune.crew import Grower
 from cerebro_tune.data.base import RowSet
 from cerebro_tune.data.index import IndexedDataset
 from cerebro_tune.errors import ConfigurationError
@@ -36,8 +37,9 @@ from cerebro_tune.run import Run
 from cerebro_tune.settings import RunSettings, TrainAll, Tuner
 from cerebro_tune.sharedrun import Caller, SharedRun
 from cerebro_tune.signals import interruptible
-from cerebro_tune.store import BufferRef, StateStore
+from cerebro_tune.store import StateStore
 from cerebro_tune.trainable import Config, Plan, Recipe, as_recipe
+from cerebro_tune.units import Units
 from cerebro_tune.workers.base import Workers, make_workers, ship
 from cerebro_tune.workers.messages import RunSpec
 
@@ -131,7 +133,7 @@ class Cerebro:
         self._threads = max(1, len(cores()) // len(self.devices))
         self._workers: Workers | None = None
         self._current: Run | None = None
-        self._grower = _Grower()
+        self._grower = Grower()
         self._shared = SharedRun()
         self._taking = threading.Lock()
         self._data: GivenData | None = None
@@ -232,9 +234,9 @@ class Cerebro:
             )
         return self._data
 
-    def units(self, epochs: float) -> int:
+    def units(self, epochs: float) -> Units:
         """Epochs in units: what a tuner calls `max_t` or `grace_period` when every unit is reported."""
-        return round(epochs * self.train.num_shards)
+        return Units(round(epochs * self.train.num_shards))
 
     def fit(
         self, trainable: Any, configs: Iterable[Config] | None = None, *, metric: str | None = None, mode: str = "min"
@@ -256,13 +258,15 @@ class Cerebro:
         except BaseException:
             self.give_up(run)
             raise
+        return self.search(run)
+
+    def search(self, run: Run) -> Results:
+        """Drive a run to its end, or to Ctrl-C, and say in one line where the time went."""
         with interruptible(run):
             results = self.drive(run)
         if self._progress is not False:
             # Workers of the inline backend take turns: that they idle is no news.
-            hint = results.shares.hint if self.backend != "inline" else None
-            begin = "Interrupted; the results so far. " if results.interrupted else ""
-            print(f"{begin}{results.shares}" + (f" ({hint})" if hint else ""))
+            print(results.closing_line(hint=self.backend != "inline"))
         return results
 
     def train_one(
@@ -277,9 +281,9 @@ class Cerebro:
         """Train one trial to its end, from any thread, next to those that other threads train by this method.
 
         The first call begins a run, calls that come while it lasts join it, the last to leave ends it. `caller`
-        says who answers the trial's reports; None lets it go on to its end.
+        says who answers the trial's reports; None lets it go on to its end. They may train different things.
         """
-        recipe = as_recipe(trainable)
+        recipe = self.recipe(trainable)
         return self._shared.train(
             self, recipe, dict(config or {}), caller or Caller(TrainAll().on_report), metric, mode
         )
@@ -297,17 +301,15 @@ class Cerebro:
     ) -> Run:
         """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it.
 
-        `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it decides how many
-        trials are live, shows the progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
+        `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it
+        decides how many trials are live, shows progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
         """
         if self._current is not None:
             raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")
         one_of(mode=mode, valid=("min", "max"))
         if metric is not None and not isinstance(metric, str):
             raise ConfigurationError(f"metric is {metric!r}; it must be the name of one metric.")
-        recipe = as_recipe(trainable)
-        if recipe.datamodule is not None:
-            self.use_data(datamodule=recipe.datamodule)
+        recipe = self.recipe(trainable)
         if self._workers is not None and edited_since(self._started_s):
             self.close()
         self.start()
@@ -331,6 +333,13 @@ class Cerebro:
             raise
         self._current = self._grower.run = None
         return results
+
+    def recipe(self, trainable: Any) -> Recipe:
+        """What is to be trained, made uniform; a DataModule that comes with it is this executor's data."""
+        recipe = as_recipe(trainable)
+        if recipe.datamodule is not None:
+            self.use_data(datamodule=recipe.datamodule)
+        return recipe
 
     def start(self) -> None:
         """Start the workers, unless they are up."""
@@ -405,13 +414,3 @@ class Cerebro:
 
 DATA_FILE = "data.json"
 """In a run's folder: what its index was made from, which must still be so when the run is taken up again."""
-
-
-class _Grower:
-    """Answers workers that need a buffer, from the run in progress; it outlives runs, and keeps no executor alive."""
-
-    run: Run | None = None
-
-    def grow(self, trial: str, nbytes: int) -> BufferRef:
-        assert self.run is not None, "a worker runs a unit, and there is no run"
-        return self.run.grow(trial, nbytes)

@@ -70,7 +70,7 @@ class Run:
         progress: Progress,
     ) -> None:
         self.settings = settings
-        self._workers, self._store, self._recipe = workers, store, recipe
+        self._workers, self._store = workers, store
         self._crew = Crew(workers, settings)
         self._tuner, self._progress = tuner, progress
         spec = settings.spec
@@ -83,10 +83,10 @@ class Run:
             seed=spec.seed,
         )
         self._logical = make_policy(settings.policy, spec.seed).logical
-        self._book = TrialBook(settings, recipe.suffix)
+        self._book = TrialBook(settings, recipe)
         self._timeline = Timeline(workers.ids, settings.trace)
         self._commands = CommandQueue(workers.wake)
-        self._exporter = Exporter(recipe, self._book)
+        self._exporter = Exporter(self._book)
         self._inbox: deque[Message] = deque()
         self._orders: deque[Instruction] = deque()
         self._results: dict[str, Finished] = {}
@@ -96,16 +96,17 @@ class Run:
 
     # Commands: from any thread.
 
-    def add(self, config: Config, index: int | None = None) -> str:
-        """Add a trial; ConfigurationError for a config that cannot be trained. Returns its id.
+    def add(self, config: Config, recipe: Recipe | None = None, index: int | None = None) -> str:
+        """Add a trial, of the run's recipe or one of its own. Returns its id.
 
         With the `index` of a trial whose place it takes it draws the random numbers that that one would have drawn.
+        ConfigurationError for a config that cannot be trained.
         """
-        return self._commands.ask(lambda: self._add(config, None, index))
+        return self._commands.ask(lambda: self._add(config, None, recipe, index))
 
     def clone(self, trial_id: str, config: Config | None = None, index: int | None = None) -> str:
         """Add a trial that goes on from another's last committed unit, with a changed config if given."""
-        return self._commands.ask(lambda: self._add(config, trial_id, index))
+        return self._commands.ask(lambda: self._add(config, trial_id, index=index))
 
     def decide(self, trial_id: str, decision: Decision) -> None:
         """Answer a report of the trial. What was asked out of turn meanwhile is joined with it: the firmer wins."""
@@ -126,6 +127,10 @@ class Run:
     def end_search(self) -> None:
         """No more trials will come: `drive` returns when those that were added have ended or stand paused."""
         self._commands.ask(self._end_search)
+
+    def units_of(self, trial_id: str) -> int:
+        """How many units the trial trains in all, unless something ends it before."""
+        return self._commands.ask(lambda: self._page(trial_id).trial.epochs * self.settings.shards)
 
     def status(self, trial_id: str) -> str:
         """The trial's status now."""
@@ -258,7 +263,8 @@ class Run:
     def _raised(self, message: Raised) -> None:
         unit = message.unit
         self._crew.running.pop(message.worker, None)
-        self._book[unit.trial].error = message.error
+        page = self._book[unit.trial]
+        page.error, page.raised = message.error, message.kinds
         reason = message.error.strip().rpartition("\n")[2]
         where = f"{unit.trial} failed in epoch {unit.epoch}, shard {unit.shard}"
         self._progress.say(f"{where}: {reason} (its result's .error has the traceback)", "stderr")
@@ -302,9 +308,10 @@ class Run:
             if done > self._book[trial].units:
                 del self._results[trial]
                 self._store.commit(trial, finished.used, finished.digest)
-                self._book[trial].committed(finished)
+                page = self._book[trial]
+                page.committed(finished)
                 if finished.logged is not None:
-                    self._recipe.log(trial, self._book[trial].config, finished.logged)
+                    self._book.recipe_of(page).log(trial, page.config, finished.logged)
                 if finished.should_stop and done < total:
                     self._wish(trial, Decision.STOP)  # joined with what the tuner answers to the report, if one is due
                 self._cool_if_paused(trial)
@@ -347,6 +354,7 @@ class Run:
             working=working,
             trained_under=page.trained_under,
             export=self._book.export(unit, epoch_done, done + 1 == total),
+            recipe=None if page.brought is None else page.brought.shipped,
         )
 
     def grow(self, trial: str, nbytes: int) -> BufferRef:
@@ -394,17 +402,23 @@ class Run:
         self._release(trial)
 
     def _release(self, trial: str) -> None:
-        self._recipe.end_log(trial, self._hopper.status(trial).value)
+        page, status = self._book[trial], self._hopper.status(trial)
+        self._book.recipe_of(page).end_log(trial, status.value)
+        page.brought = None
         # The tuner before the memory: it may want the state.
-        self._tuner.on_end(self._book.result(self._book[trial], self._hopper.status(trial), cut_short=False))
+        self._tuner.on_end(self._book.result(page, status, cut_short=False))
         self._crew.forget((trial,), self._store.drop(trial))
 
     # Commands, on the loop's thread.
 
-    def _add(self, config: Config | None, source: str | None, index: int | None = None) -> str:
+    def _add(
+        self, config: Config | None, source: str | None, recipe: Recipe | None = None, index: int | None = None
+    ) -> str:
         parent = None if source is None else self._page(source)
-        chosen = config if config is not None or parent is None else parent.config
-        page = self._book.new_page(chosen, self._recipe, index)
+        brought = None if recipe is None else self._book.bring(recipe)
+        if parent is not None:
+            config, brought = parent.config if config is None else config, parent.brought
+        page = self._book.new_page(config, brought, index)
         trial = page.trial
         if parent is None:
             self._apply(TrialAdded(trial))
@@ -471,7 +485,7 @@ class Run:
         self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})
         for page in self._book:
             if not (status := self._hopper.status(page.trial.id)).ended:
-                self._recipe.end_log(page.trial.id, status.value)
+                self._book.recipe_of(page).end_log(page.trial.id, status.value)
         self._book.clear_staged()
         self._store.close()
         if self.settings.trace:

@@ -2,6 +2,7 @@
 
 A tuner's integration that calls a user's function (a Ray function trainable, an Optuna objective) sits down first,
 `with seated(seat)`, on the thread that makes the call; whatever trains by hops in there finds the seat with `current`.
+Where a tuner hands its own trial to the user's function instead, `as_seat` makes the seat of it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.results import TrialResult
 from cerebro_tune.settings import Report
 from cerebro_tune.sharedrun import Caller, TakeState
@@ -59,6 +62,20 @@ _current = _Current()
 def current() -> Seat | None:
     """The seat of this thread, if a tuner made the call that is on."""
     return _current.seat
+
+
+def as_seat(trial: Any, executor: Cerebro | None, metric: str | None) -> Seat:
+    """The seat of whatever a tuner calls its trial, found through the entry point group `cerebro_tune.seats`."""
+    if isinstance(trial, Seat):
+        return trial
+    for entry in entry_points(group="cerebro_tune.seats"):
+        seat: Seat | None = entry.load()(trial, executor, metric)
+        if seat is not None:
+            return seat
+    raise ConfigurationError(
+        f"trial is {trial!r}, which is no trial of a tuner: give the one that Optuna calls the objective with "
+        '(it needs: pip install "cerebro-tune[optuna]"), or leave it out.'
+    )
 
 
 @contextmanager

@@ -109,3 +109,14 @@ def options(train: ShardedDataset, validation: ShardedDataset, tmp_path: Path) -
         "train": train, "validation": validation, "epochs": 2, "batch_size": 16, "workers": 2, "backend": "inline",
         "run_dir": tmp_path / "runs", "progress": False,
     }  # fmt: skip
+
+
+@pytest.fixture
+def quiet_optuna() -> Iterator[None]:
+    """Optuna tells of every trial; these tests look into the study."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)

@@ -499,7 +499,7 @@ def test_fits_that_share_a_run_agree_on_the_metric(executor: Cerebro) -> None:
     with ThreadPoolExecutor(1) as pool:
         one = pool.submit(fit, None, lightning_nets.Momentum(), *loaders(), trial=seat, max_epochs=1)
         trial, _ = seat.reports.get()
-        with pytest.raises(ConfigurationError, match=r"this one has \('fit', 'train_loss', 'min'\), the run"):
+        with pytest.raises(ConfigurationError, match=r"this one has \('train_loss', 'min'\), the run"):
             fit(executor, lightning_nets.Momentum(), *loaders(), metric="train_loss")
         run_of(executor).decide(trial, Decision.CONTINUE)
         one.result()

@@ -92,7 +92,12 @@ def test_parameters_resources_and_exports(tmp_path: Path, asked: dict[str, Any])
         config = {"lr": 0.5, "marks": str(tmp_path)}
         with pytest.warns(UserWarning, match="Counter asks for resources for each of its trials.*resources_per_worker"):
             analysis = tune.run(
-                greedy, config=config, stop={"training_iteration": 3}, export_formats=["text"], executor=executor, **asked
+                greedy,
+                config=config,
+                stop={"training_iteration": 3},
+                export_formats=["text"],
+                executor=executor,
+                **asked,
             )
     (trial,) = analysis.trials
     assert trial.last_result["given"] == 42

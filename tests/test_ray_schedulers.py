@@ -92,7 +92,10 @@ MUTATIONS = {"lr": tune.uniform(0.0, 1.0)}
         (HyperBandScheduler, {"max_t": 8, "reduction_factor": 2}),
         (MedianStoppingRule, {"grace_period": 2, "min_samples_required": 2}),
         (PopulationBasedTraining, {**BY_UNITS, "perturbation_interval": 2, "hyperparam_mutations": MUTATIONS}),
-        (PopulationBasedTraining, {**BY_UNITS, "perturbation_interval": 2, "hyperparam_mutations": MUTATIONS, "synch": True}),
+        (
+            PopulationBasedTraining,
+            {**BY_UNITS, "perturbation_interval": 2, "hyperparam_mutations": MUTATIONS, "synch": True},
+        ),
         (PromotionASHA, {"max_t": 8, "grace_period": 1, "reduction_factor": 2}),
     ],
     ids=["asha", "hyperband", "median", "pbt", "pbt-synchronous", "promotion"],
@@ -107,7 +110,7 @@ def test_decisions_are_those_of_stock_ray(
         for executor in (cerebro, None):
             logs.append([])
             random.seed(7)
-            np.random.seed(7)  # noqa: NPY002
+            np.random.seed(7)
             tune.run(
                 Curve, config={"k": tune.grid_search([5, 3, 4, 0, 1, 2]), "lr": 0.1}, stop={"training_iteration": 8},
                 scheduler=recording(kind, logs[-1], **arguments), resources_per_trial={"cpu": 3}, verbose=0,
@@ -165,7 +168,10 @@ def test_an_exploit_trains_at_its_new_rate(options: dict[str, Any], tmp_path: Pa
             assert result["rate"] == pytest.approx(rate * 0.5 ** result["passed"])
 
     scheduler = PopulationBasedTraining(
-        **BY_UNITS, perturbation_interval=4, hyperparam_mutations={"lr": tune.loguniform(1e-3, 0.3)}, quantile_fraction=0.5
+        **BY_UNITS,
+        perturbation_interval=4,
+        hyperparam_mutations={"lr": tune.loguniform(1e-3, 0.3)},
+        quantile_fraction=0.5,
     )
     random.seed(3)
     with Cerebro(**options | {"epochs": 4}) as executor:
@@ -188,7 +194,9 @@ def test_an_exploit_goes_on_from_the_state_that_was_good(options: dict[str, Any]
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             seen.setdefault(trial.trial_id, []).append((result["training_iteration"], result["seen"]))
 
-    scheduler = PopulationBasedTraining(**BY_UNITS, perturbation_interval=4, hyperparam_mutations={"lr": [0.001, 0.01, 0.1]})
+    scheduler = PopulationBasedTraining(
+        **BY_UNITS, perturbation_interval=4, hyperparam_mutations={"lr": [0.001, 0.01, 0.1]}
+    )
     with Cerebro(**options | {"live_trials": 2}) as executor:
         tune.run(
             nets.Remembering, config={"lr": tune.grid_search([0.001, 0.01, 0.1, 0.3])}, scheduler=scheduler,
@@ -239,10 +247,8 @@ def test_pb2_and_bohb_and_a_replay(options: dict[str, Any], tmp_path: Path) -> N
     asked = {"metric": "val_loss", "mode": "min", "verbose": 0, "storage_path": str(tmp_path / "ray")}
     space = {"lr": tune.uniform(0.01, 1.0)}
     with Cerebro(**options | {"epochs": 3}) as executor:
-        pb2 = tune.run(
-            Rated, config=space, num_samples=4, name="pb2",
-            scheduler=PB2(**BY_UNITS, perturbation_interval=4, hyperparam_bounds={"lr": [0.01, 1.0]}), executor=executor, **asked,
-        )  # fmt: skip
+        bounded = PB2(**BY_UNITS, perturbation_interval=4, hyperparam_bounds={"lr": [0.01, 1.0]})
+        pb2 = tune.run(Rated, config=space, num_samples=4, name="pb2", scheduler=bounded, executor=executor, **asked)
         assert [trial.last_result["training_iteration"] for trial in pb2.trials] == [12] * 4
         bohb = tune.run(
             Rated, config=space, num_samples=6, scheduler=HyperBandForBOHB(max_t=8, reduction_factor=2),

@@ -46,7 +46,7 @@ def boarded(given: Any) -> Boarded:
         raise NotTrainableError(
             f"{given!r} cannot be trained on an executor: give what is to be trained, and the rest as arguments of run."
         )
-    found = get_trainable_cls(given) if isinstance(given, str) else given
+    found: Any = get_trainable_cls(given) if isinstance(given, str) else given
     if isinstance(found, type) and issubclass(found, FunctionTrainable):
         return _function(found)
     if isinstance(found, type) and issubclass(found, ray.tune.Trainable):

@@ -118,10 +118,10 @@ def write_saved(files: Mapping[str, Tensor], folder: Path) -> dict[str, Any] | N
         (folder / "_dict_checkpoint.pkl").write_bytes(content)  # where Ray has it
         made: dict[str, Any] = cloudpickle.loads(content)
         return made
-    for name, content in files.items():
+    for name, held in files.items():
         path = folder / name.removeprefix("file/")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.numpy().tobytes())
+        path.write_bytes(held.numpy().tobytes())
     return None
 
 
@@ -150,9 +150,12 @@ def bound(cls: type) -> type:
         if {"parameter_registry", "prefix", "keys"} <= inside.keys():
             registry, prefix = inside["parameter_registry"], inside["prefix"]
             values = {key: registry.get(prefix + key) for key in inside["keys"]}
-            inner = bound(base.__mro__[1])
-            return type(cls.__name__, (inner,), {"setup": lambda self, config: inner.setup(self, config, **values)})
+            return _with(values, bound(base.__mro__[1]), cls.__name__)
     return cls
+
+
+def _with(values: dict[str, Any], cls: Any, name: str) -> type:
+    return type(name, (cls,), {"setup": lambda self, config: cls.setup(self, config, **values)})
 
 
 class ClassRiders(Riders):

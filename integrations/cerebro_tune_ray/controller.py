@@ -1,20 +1,18 @@
-"""All that is private to Ray Tune: its controller, of which only what runs a trial is replaced.
+"""Ray Tune's controller, of which only what runs a trial is replaced. Private to Ray, see `versions`.
 
 The searcher, the scheduler, callbacks, loggers, stoppers, the experiment's state and what becomes of a result are
 Ray's, unchanged; the methods below are those that would send for an actor. Where Ray waits for its actors, the run goes
-on. Tested with Ray 2.60.
+on.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +33,8 @@ from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.riders import Result, Riders, Snapshot
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
 from cerebro_tune_ray.score import judge
+from cerebro_tune_ray.versions import TESTED, check
 
-TESTED = "2.60"
-_NEWEST = (2, 60)
 _TICK_S = 0.2
 """How often Ray gets to look at its clock, for time budgets, interrupts and progress."""
 
@@ -45,7 +42,7 @@ Board = Callable[["HopController"], Riders]
 """Makes the trials of a controller."""
 
 
-class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have no types
+class HopController(TuneController):
     """Ray's controller with trials that hop."""
 
     def __init__(self, board: Board, **kwargs: Any) -> None:
@@ -82,7 +79,8 @@ class HopController(TuneController):  # type: ignore[misc]  # Ray's classes have
         if chosen is not None and chosen.status in (Trial.PENDING, Trial.PAUSED):
             return chosen
         # As in Ray's own: what is pending runs, whether a scheduler asks for it or not.
-        self._pending_trials_list = [trial for trial in self._pending_trials_list if trial in self._pending_trials]
+        while self._pending_trials_list and self._pending_trials_list[0] not in self._pending_trials:
+            self._pending_trials_list.pop(0)
         return next(iter(self._pending_trials_list), None)
 
     def _start(self, trial: Trial) -> None:
@@ -265,46 +263,3 @@ def hopping(board: Board) -> Iterator[None]:
             yield
     finally:
         _board.reset(token)
-
-
-_USED: dict[str, tuple[str, ...]] = {
-    "__init__": ("scheduler", "search_alg", "storage"),
-    "_checkpoint_trial_if_needed": ("trial", "force"),
-    "_cleanup_trials": (),
-    "_maybe_add_actors": (),
-    "_maybe_update_trial_queue": (),
-    "_on_training_result": ("trial", "result"),
-    "_process_trial_save": ("trial", "checkpoint_value"),
-    "_schedule_trial_export": ("trial",),
-    "_schedule_trial_pause": ("trial", "should_checkpoint"),
-    "_schedule_trial_save": ("trial", "result"),
-    "_schedule_trial_stop": ("trial", "exception"),
-    "_schedule_trial_train": ("trial",),
-    "_set_trial_status": ("trial", "status"),
-    "_trial_task_failure": ("trial", "exception"),
-    "stop_trial": ("trial",),
-}
-"""Methods of Ray's controller that are replaced or called, and parameters that each must have."""
-
-
-@cache
-def check() -> None:
-    """Look at Ray once: MissingHostError for one that cannot work; one newer than those tested is warned about."""
-    lacking = [
-        name
-        for name, parameters in _USED.items()
-        if not set(parameters) <= _parameters_of(getattr(TuneController, name, None)) or not hasattr(TuneController, name)
-    ]
-    if lacking:
-        raise MissingHostError(
-            f"Ray {ray.__version__} has a TuneController without {', '.join(lacking)} as this package uses it; it works "
-            f'with {TESTED}: pip install "ray[tune]=={TESTED}.*".'
-        )
-    if tuple(int(part) for part in ray.__version__.split(".")[:2]) > _NEWEST:
-        warnings.warn(
-            f"Ray {ray.__version__} is newer than what cerebro_tune_ray is tested with, {TESTED}.", stacklevel=2
-        )
-
-
-def _parameters_of(method: Any) -> set[str]:
-    return set() if method is None else set(inspect.signature(method).parameters)

@@ -24,7 +24,8 @@ from ray.tune.result import RESULT_DUPLICATE, SHOULD_CHECKPOINT
 
 from cerebro_tune.errors import CerebroError, NotTrainableError
 from cerebro_tune.results import TrialResult
-from cerebro_tune.seat import Seat, TakeState, seated
+from cerebro_tune.seat import Seat, seated
+from cerebro_tune.sharedrun import TakeState
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
 from cerebro_tune_ray.riders import Controller, Result, Rider, Riders, Snapshot, filled
@@ -36,7 +37,7 @@ Asked = tuple[Recipe, Config, TakeState, str | None, str]
 """A fit, as `Seat.train` is asked for it."""
 
 
-class CallOver(BaseException):  # noqa: N818  # ends a user's function whatever it catches
+class CallOver(BaseException):  # ends a user's function whatever it catches
     """Ray has stopped the trial of this call, and it wants more."""
 
 
@@ -173,10 +174,11 @@ class FunctionRiders(Riders):
             self._mail.popleft()()
 
     def close(self) -> None:
-        """End the run and every call: those that are at work on something of their own are waited for."""
+        """End the run and every call: fits that Ray has stopped return, and what functions do then is waited for."""
         self._calls.clear()
+        while self._fits.keys() - self._owners.keys():
+            self.wait(_LAST_CALLS_S)
         super().close()
-        self._fits.clear()
         while any(thread.is_alive() for thread in self._threads):
             self._turn_away()
             self._bell.wait(_LAST_CALLS_S)
@@ -195,7 +197,10 @@ class FunctionRiders(Riders):
             if self._run is None:
                 self._begin(recipe, metric=metric, mode=mode)
             begin, call.begin = call.begin, None
-            hop = self.run.add(config, rider.index) if begin is None else self.run.clone(begin.hop, config, rider.index)
+            if begin is None:
+                hop = self.run.add(config, index=rider.index)
+            else:
+                hop = self.run.clone(begin.hop, config, rider.index)
         except CerebroError as error:
             reply.set_exception(error)
             return
@@ -203,9 +208,7 @@ class FunctionRiders(Riders):
         self._fits[hop] = reply, take_state
         self._replace(rider, hop)
 
-    def report(
-        self, call: Call, metrics: dict[str, Any], checkpoint: Checkpoint | None, reply: Future[Any]
-    ) -> None:
+    def report(self, call: Call, metrics: dict[str, Any], checkpoint: Checkpoint | None, reply: Future[Any]) -> None:
         """Hand Ray what the function reports itself, its return among it."""
         rider = self._riders[call.trial.trial_id]
         if not self._is_on(call):

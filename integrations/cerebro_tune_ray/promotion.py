@@ -81,7 +81,7 @@ class PromotionASHA(TrialScheduler):
         grace_period: float = 1,
         reduction_factor: float = 4,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         if not 0 < grace_period <= max_t:
             raise ConfigurationError(
                 f"grace_period is {grace_period!r}; it must be above 0, and at most max_t={max_t!r}."

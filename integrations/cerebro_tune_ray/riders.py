@@ -231,7 +231,7 @@ class Riders:
         if snapshot is not None:
             self._replace(rider, self.run.clone(snapshot.hop, self._given(rider, config), rider.index))
         elif rider.hop is None:
-            self._replace(rider, self.run.add(self._given(rider, config), rider.index))
+            self._replace(rider, self.run.add(self._given(rider, config), index=rider.index))
         elif config != rider.config:
             self._replace(rider, self.run.clone(rider.hop, self._given(rider, config), rider.index))
         elif rider.waiting is None:
@@ -277,7 +277,8 @@ class Riders:
         if hop is not None:
             self._owners[hop] = rider
             rider.index = self.run.index(hop) if rider.index is None else rider.index
-        if before is not None and self._owners.pop(before, None):
+        if before in self._owners:
+            del self._owners[before]
             self._order(before, Decision.STOP)
 
     def _keep(self, hop: str, index: int | None = None) -> str:
@@ -323,7 +324,7 @@ def _address() -> str:
 _ADDRESS = _address()
 
 
-class Snapshot(Checkpoint):  # type: ignore[misc]  # Ray's classes have no types
+class Snapshot(Checkpoint):
     """A trial's state as it was, held in the run for as long as somebody refers to this; copies are one and the same.
 
     It takes the place of a Checkpoint where a scheduler keeps one of a trial that others may exploit, and is no folder.

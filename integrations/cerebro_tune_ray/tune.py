@@ -36,7 +36,7 @@ def run(run_or_experiment: Any, *args: Any, executor: Cerebro | None = None, **k
         return _ray_tune.run(found.stand_in, *args, **kwargs)
 
 
-class Tuner(_ray_tune.Tuner):  # type: ignore[misc]  # Ray's classes have no types
+class Tuner(_ray_tune.Tuner):
     """`ray.tune.Tuner`; with an executor its trials hop, as those of `run` do."""
 
     def __init__(self, trainable: Any = None, *, executor: Cerebro | None = None, **kwargs: Any) -> None:
