@@ -79,13 +79,11 @@ class StandInController:
         *,
         limit: float = float("inf"),
         stop: float = float("inf"),
-        ask: Callable[..., str] = lambda scheduler, *result: scheduler.on_trial_result(*result),
         report: Callable[[int, Any], dict[str, Any]] = lambda unit, score: {"training_iteration": unit, "loss": score},
     ) -> None:
         self.scheduler = scheduler
         self.slots = slots
         self.stop = stop
-        self.ask = ask
         self.report = report
         self.search_alg = StandInSearch([self.make(str(n), curve) for n, curve in enumerate(curves)], limit)
         self.trials: list[StandInTrial] = []
@@ -102,14 +100,14 @@ class StandInController:
 
     def stop_trial(self, trial: StandInTrial) -> None:
         if trial.status == Trial.RUNNING:
-            self.complete(trial, self.last_result(trial))
+            self.scheduler.on_trial_complete(self, trial, self.last_result(trial))
         else:
             self.scheduler.on_trial_remove(self, trial)
         self.search_alg.live -= 1
         trial.status = Trial.TERMINATED
 
-    def complete(self, trial: StandInTrial, result: dict[str, Any]) -> None:
-        self.scheduler.on_trial_complete(self, trial, result)
+    def ask(self, trial: StandInTrial, result: dict[str, Any]) -> str:
+        return str(self.scheduler.on_trial_result(self, trial, result))
 
     def last_result(self, trial: StandInTrial) -> dict[str, Any]:
         return self.report(trial.units, trial.curve[trial.units - 1])
@@ -137,7 +135,7 @@ class StandInController:
         trial = running[pick % len(running)]
         trial.units += 1
         ends = trial.units >= self.stop  # a stop condition: the scheduler is not asked
-        decision = TrialScheduler.STOP if ends else self.ask(self.scheduler, self, trial, self.last_result(trial))
+        decision = TrialScheduler.STOP if ends else self.ask(trial, self.last_result(trial))
         if decision == TrialScheduler.PAUSE:
             trial.status = Trial.PAUSED
         elif decision == TrialScheduler.STOP:

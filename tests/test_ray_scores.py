@@ -24,7 +24,7 @@ from ray.tune.schedulers.pb2 import PB2
 
 from cerebro_tune_ray import PromotionASHA
 from cerebro_tune_ray.schedulers import lacking
-from cerebro_tune_ray.score import fill_score, judge, loss_of
+from cerebro_tune_ray.score import Judged, fill_score, loss_of
 from ray_stand_in import Member, StandInController, StandInTrial
 
 Curve = Sequence[Any]
@@ -39,15 +39,11 @@ def unscored(score: float | None) -> bool:
 
 
 class Search(StandInController):
-    """Asks through `judge`, and has the searcher that BOHB's scheduler talks to."""
+    """Has its scheduler judged, and the searcher that BOHB's scheduler talks to."""
 
     def __init__(self, scheduler: TrialScheduler, curves: Sequence[Curve], slots: int, **options: Any) -> None:
-        super().__init__(scheduler, curves, slots, ask=judge, **options)
+        super().__init__(Judged(scheduler), curves, slots, **options)
         self.search_alg.searcher = SimpleNamespace(on_pause=lambda trial_id: None, on_unpause=lambda trial_id: None)
-
-    def complete(self, trial: StandInTrial, result: dict[str, Any]) -> None:
-        fill_score(self.scheduler, result)
-        super().complete(trial, result)
 
     def last_result(self, trial: StandInTrial) -> dict[str, Any]:
         """A score of None stands for a metric that is not there."""
@@ -69,16 +65,17 @@ def test_none_survives_a_rung_of_hyperband(
 ) -> None:
     """Neither by waiting for the others of its bracket, nor as the one whose result ends their waiting."""
 
-    def ask(scheduler: HyperBandScheduler, controller: Search, trial: StandInTrial, result: dict[str, Any]) -> str:
-        bracket = scheduler._trial_info[trial][0]
-        milestone = bracket._cumul_r
-        decision = judge(scheduler, controller, trial, result)
-        if unscored(trial.curve[trial.units - 1]):
-            assert decision == "STOP" or (decision == "CONTINUE" and bracket._cumul_r == milestone > trial.units)
-        return decision
+    class Asked(Search):
+        def ask(self, trial: StandInTrial, result: dict[str, Any]) -> str:
+            bracket = scheduler._trial_info[trial][0]
+            milestone = bracket._cumul_r
+            decision = super().ask(trial, result)
+            if unscored(trial.curve[trial.units - 1]):
+                assert decision == "STOP" or (decision == "CONTINUE" and bracket._cumul_r == milestone > trial.units)
+            return decision
 
-    search = Search(kind(max_t=8, reduction_factor=2, **COMPARED), curves, slots)
-    search.ask = ask
+    scheduler = kind(max_t=8, reduction_factor=2, **COMPARED)
+    search = Asked(scheduler, curves, slots)
     search.end(picks)
     assert {trial.status for trial in search.trials} == {Trial.TERMINATED}
 
@@ -127,7 +124,10 @@ def test_schedulers_that_do_not_compare_see_what_was_reported(score: float | Non
         result = {"training_iteration": 1, "loss": score}
         assert not fill_score(scheduler, result)
         assert result["loss"] is score
-    assert judge(promotion, None, StandInTrial("a", []), {"training_iteration": 1, "loss": score}) == "STOP"
+    assert (
+        Judged(promotion).on_trial_result(None, StandInTrial("a", []), {"training_iteration": 1, "loss": score})
+        == "STOP"
+    )
 
 
 @pytest.mark.parametrize(

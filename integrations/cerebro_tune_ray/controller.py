@@ -32,7 +32,7 @@ from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.riders import Result, Riders, Snapshot
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
-from cerebro_tune_ray.score import judge
+from cerebro_tune_ray.score import Judged
 from cerebro_tune_ray.versions import TESTED, check
 
 _TICK_S = 0.2
@@ -50,7 +50,7 @@ class HopController(TuneController):
         _check_scheduler(scheduler)
         self.compares = compares(scheduler) or isinstance(scheduler, PromotionASHA)
         self._riders = board(self)
-        super().__init__(**{**kwargs, "scheduler": _Judged(scheduler)})
+        super().__init__(**{**kwargs, "scheduler": Judged(scheduler)})
         self._actor_manager = _NoActors(self._riders)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,19 +192,6 @@ def _check_scheduler(scheduler: TrialScheduler) -> None:
             f"{type(scheduler).__name__} of Ray {ray.__version__} keeps no {', '.join(unknown)}, which is read to find "
             f'its rungs; this package works with {TESTED}: pip install "ray[tune]=={TESTED}.*".'
         )
-
-
-class _Judged:
-    """A scheduler, of which no trial without a score survives a rung."""
-
-    def __init__(self, scheduler: TrialScheduler) -> None:
-        self.scheduler = scheduler
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.scheduler, name)
-
-    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        return judge(self.scheduler, controller, trial, result)
 
 
 def _at_end(trial: Trial) -> bool:
