@@ -37,6 +37,7 @@ from cerebro_tune_ray.recorded import Recorded
 from cerebro_tune_ray.restoring import latest, rehearse, tell_searcher
 from cerebro_tune_ray.riders import Result, Riders, Snapshot
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
+from cerebro_tune_ray.score import Judged
 from cerebro_tune_ray.versions import TESTED, check
 
 _TICK_S = 0.2
@@ -59,7 +60,7 @@ class HopController(TuneController):
         scheduler = kwargs.get("scheduler") or FIFOScheduler()
         _check_scheduler(scheduler)
         self.compares = compares(scheduler) or isinstance(scheduler, PromotionASHA)
-        self._riders, self._told = board(self), Recorded(scheduler)
+        self._riders, self._told = board(self), Recorded(Judged(scheduler))
         self._told.file = self._riders.file
         self._resuming: list[Trial] = []
         self._broken: Exception | None = None
@@ -241,7 +242,7 @@ class HopController(TuneController):
     def begun(self, shards: int, report_every: str) -> None:
         """The run has begun: what counts units and looks as if epochs were meant is told."""
         stop = self._trials[0].stopping_criterion or self._stopper
-        told = horizon_warning(self._told.scheduler, stop, shards=shards, report_every=report_every)
+        told = horizon_warning(self._told.scheduler.scheduler, stop, shards=shards, report_every=report_every)
         if told is not None:
             warnings.warn(told, stacklevel=2)
 

@@ -8,23 +8,22 @@ another (HyperBand, which stops others of a bracket when one of it reports) is n
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
 
 from cerebro_tune_ray.record import Record
-from cerebro_tune_ray.score import judge
+from cerebro_tune_ray.score import Judged
 
 
 class Recorded:
-    """A scheduler, of which no trial without a score survives a rung; what is not here is the scheduler's own."""
+    """A scheduler that is told as Ray tells it; what is not here is the scheduler's own."""
 
     record: Record | None = None
 
-    def __init__(self, scheduler: TrialScheduler) -> None:
+    def __init__(self, scheduler: Judged) -> None:
         self.scheduler = scheduler
         self.file: Callable[[Trial], str | None] = lambda trial: None
         """The file of the state that a trial reports from."""
@@ -40,9 +39,10 @@ class Recorded:
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:  # noqa: D102
         told = {"result": dict(result), "file": self.file(trial)}
-        return str(self._call("result", trial, lambda: judge(self.scheduler, controller, trial, result), **told))
+        call = lambda: self.scheduler.on_trial_result(controller, trial, result)  # noqa: E731
+        return str(self._call("result", trial, call, **told))
 
-    def on_trial_complete(self, controller: Any, trial: Trial, result: Mapping[str, Any]) -> None:  # noqa: D102
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:  # noqa: D102
         call = lambda: self.scheduler.on_trial_complete(controller, trial, result)  # noqa: E731
         self._call("complete", trial, call, result=dict(result))
 

@@ -73,7 +73,7 @@ class Rehearsal:
         answer = self._scheduler.on_trial_result(self, trial, result)
         if answer != call.told["decision"]:
             raise CerebroError(
-                f"Call {call.number} to {type(self._scheduler.scheduler).__name__}, a result of {trial.trial_id}, was "
+                f"Call {call.number} to {type(self._scheduler.scheduler.scheduler).__name__}, a result of {trial.trial_id}, was "
                 f"answered with {call.told['decision']} and is now with {answer}: the scheduler is not the one that "
                 "the experiment was begun with, or goes by something that it was not told."
             )
