@@ -6,7 +6,7 @@ buffer it was in, and that buffer may belong to another trial by now.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -195,15 +195,21 @@ def adopt_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
                     optimizer.state[parameter] = _uncast(optimizer.state[parameter], saved["state"][number])
         return
     owners = dict(zip(numbers, parameters, strict=True))
-    state: defaultdict[Any, Any] = defaultdict(dict)
-    state.update((owners.get(number, number), value) for number, value in saved["state"].items())
-    optimizer.state = state
+    optimizer.state.clear()  # and not another dict: one that wraps this optimizer may hold it
+    optimizer.state.update((owners.get(number, number), value) for number, value in saved["state"].items())
     for group, new in zip(groups, new_groups, strict=True):
         kept = {"params": group["params"]}
         if "param_names" in group and "param_names" not in new:
             kept["param_names"] = group["param_names"]
         group.clear()
         group.update(new | kept)
+
+
+def saves_whole(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a state dict of torch's own making says what is in an optimizer's groups and state."""
+    kind = type(optimizer)
+    own = torch.optim.Optimizer
+    return kind.load_state_dict is own.load_state_dict and kind.state_dict is own.state_dict
 
 
 def _loads_plainly(optimizer: torch.optim.Optimizer) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,25 +44,35 @@ class InstanceRecipe(LightningTrainable):
             )
 
 
+class OneFit(LightningTrainable):
+    """One module and what its Trainer is made with, both there already: callbacks may hold parts of the module."""
+
+    def __init__(self, module: Any, trainer_kwargs: Mapping[str, Any]) -> None:
+        super().__init__(lambda _: module, trainer_kwargs=trainer_kwargs)
+
+    def kwargs_of_trial(self) -> dict[str, Any]:  # noqa: D102
+        return self.trainer_kwargs
+
+
 @dataclass
 class Fit:
     """What one fit trains, as it travels in a trial's config."""
 
-    module: bytes
-    trainer_kwargs: bytes
+    packed: bytes
+    """The module and the arguments of its Trainer, in one pickle: what they share, they share in a worker."""
     name: str
     hear: Callable[[bytes], None] | None = field(default=None, compare=False)
     """Takes what the trial logs, in the process of the fit; it does not travel."""
 
     def release(self) -> None:
         """Let go of what has arrived: a run would hold the weights of each of its trials until its end."""
-        self.module = self.trainer_kwargs = b""
+        self.packed = b""
 
     def __repr__(self) -> str:
         return self.name
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Fit, (self.module, self.trainer_kwargs, self.name)
+        return Fit, (self.packed, self.name)
 
 
 class FitRecipe(Recipe):
@@ -80,9 +90,7 @@ class FitRecipe(Recipe):
                 """Nothing is known before the config is."""
 
             def start(self, config: Config, plan: Plan) -> None:
-                fit: Fit = config["fit"]
-                kwargs = cloudpickle.loads(fit.trainer_kwargs)
-                self._recipe = LightningTrainable(lambda _: cloudpickle.loads(fit.module), trainer_kwargs=kwargs)
+                self._recipe = OneFit(*cloudpickle.loads(config["fit"].packed))
                 super().start({}, replace(plan, accumulate=self._recipe.accumulate))
 
         return FitTrial()

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from cerebro_tune.results import TrialResult
 from cerebro_tune.trainable import Plan
 from cerebro_tune_lightning import callbacks, told
-from cerebro_tune_lightning.trainable import LightningTrainable
+from cerebro_tune_lightning.fitrecipe import OneFit
 from cerebro_tune_lightning.trial import LightningTrial
 
 _ONE_AT_A_TIME = Lock()
@@ -40,7 +40,7 @@ class HandBack:
         trainer, module = self.trainer, self._given["model"]
         kwargs = told.trainer_kwargs(trainer, self._working)
         with _ONE_AT_A_TIME:
-            trial = LightningTrial(LightningTrainable(lambda _: module, trainer_kwargs=kwargs))
+            trial = LightningTrial(OneFit(module, kwargs))
             trial.start({}, replace(plan, accumulate=int(kwargs["accumulate_grad_batches"])))
             trial.load_state_dict(_on_its_own(state))
             if (datamodule := self._given.get("datamodule")) is not None:
@@ -48,7 +48,7 @@ class HandBack:
             trial.close()
             trainer.strategy.connect(module)
             trainer._callback_connector._attach_model_callbacks()
-            self._copy_callbacks(trial)
+            self._tell_callbacks(trial)
             self._copy_progress(trial.trainer)
             self._note_checkpoints(result)
 
@@ -64,12 +64,18 @@ class HandBack:
         trainer.state.status = import_module(f"{self._host}.trainer.states").TrainerStatus.FINISHED
         trainer.state.stage = None
 
-    def _copy_callbacks(self, trial: LightningTrial) -> None:
-        instead = {id(trial.trainer): self.trainer}
-        for mine, theirs in zip(told.working_callbacks(self.trainer), trial.callbacks, strict=True):
-            found = {name: instead.get(id(value), value) for name, value in vars(theirs).items()}
-            found.pop("_restarting", None)  # with which Lightning's own note that a checkpoint was loaded into them
-            vars(mine).update(found)
+    def _tell_callbacks(self, trial: LightningTrial) -> None:
+        """Make the callbacks hold the user's Trainer where they have met that of the trial.
+
+        Those that the module brings are the trial's, which have been told what became of them.
+        """
+        own = zip(told.working_callbacks(self.trainer), trial.callbacks, strict=True)
+        brought = {id(mine): theirs for mine, theirs in own if mine is not theirs}
+        self.trainer.callbacks[:] = [brought.get(id(callback), callback) for callback in self.trainer.callbacks]
+        for callback in trial.callbacks:
+            held = vars(callback)
+            held.update({name: self.trainer for name, value in held.items() if value is trial.trainer})
+            held.pop("_restarting", None)  # with which Lightning's own note that a checkpoint was loaded into them
 
     def _copy_progress(self, kept: Any) -> None:
         trainer, fit = self.trainer, self.trainer.fit_loop

@@ -99,8 +99,7 @@ class HopFit:
     def _fit(self, log: Log) -> Fit:
         name = type(self.module).__name__
         kwargs = told.trainer_kwargs(self.trainer, told.working_callbacks(self.trainer))
-        callbacks_given = pickled(kwargs, "What the Trainer was given as callbacks")
-        return Fit(pickled(self.module, f"The module {name}"), callbacks_given, name, log.hear)
+        return Fit(pickled((self.module, kwargs), f"The module {name}, or a callback of its Trainer,"), name, log.hear)
 
     def _savers(self) -> list[Any]:
         """The Trainer's ModelCheckpoint callbacks."""

@@ -17,7 +17,6 @@ on from a checkpoint for a restarted one, and leaves that scheduler out at its e
 
 from __future__ import annotations
 
-import copy
 import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -201,7 +200,7 @@ class KeptTrainer:
     # Setting up.
 
     def _set_up(self, plan: Plan, trainer_kwargs: Mapping[str, Any]) -> Any:
-        kwargs = copy.deepcopy(dict(trainer_kwargs))  # callbacks have state, and each trial needs its own
+        kwargs = dict(trainer_kwargs)
         given = callbacks.working(callbacks.as_list(kwargs.pop("callbacks", None)), type(self.module).__name__)
         trainer = import_module(self._host).Trainer(
             **_DEFAULTS

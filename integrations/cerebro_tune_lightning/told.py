@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ def trainer_kwargs(trainer: Any, working: list[Any]) -> dict[str, Any]:
     return {
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "benchmark": torch.backends.cudnn.benchmark,
-        "callbacks": [_unattached(callback) for callback in working],
+        "callbacks": list(working),
         "detect_anomaly": trainer._detect_anomaly,
         "deterministic": _deterministic(),
         "enable_autolog_hparams": trainer.enable_autolog_hparams,
@@ -66,14 +65,6 @@ def refuse(trainer: Any, given: Mapping[str, Any]) -> None:
             "would go on from there; by hops every fit is a trial of its own: make a new Trainer, or go on from a "
             "checkpoint in one without HopStrategy."
         )
-
-
-def _unattached(callback: Any) -> Any:
-    """The callback without what a Trainer has hung on it in an earlier fit: the module's methods for logging."""
-    free = copy.copy(callback)
-    for name in ("log", "log_dict"):
-        vars(free).pop(name, None)
-    return free
 
 
 def _limits(trainer: Any, given: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[Any, ...], str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,10 @@ class LightningTrainable(Recipe):
         from cerebro_tune_lightning.trial import LightningTrial
 
         return LightningTrial(self)
+
+    def kwargs_of_trial(self) -> dict[str, Any]:
+        """Arguments for the Trainer of one trial, which has callbacks of its own, since these have state."""
+        return deepcopy(self.trainer_kwargs)
 
     def export(self, state: dict[str, Any], path: Path) -> None:
         """Write a `.ckpt` that `load_from_checkpoint` and `torch.load(weights_only=True)` open."""
