@@ -41,6 +41,7 @@ from cerebro_tune.reach import (
     Reached,
     fingerprint,
     hold,
+    is_leaf,
     join,
     let_go,
     of_host,
@@ -129,12 +130,12 @@ class Attributes:
     def _reach(self, before: Reached | None) -> Reached:
         return Reached(self._owners(), self._closed, self._excluded, before)
 
-    def _excluded(self, holder: Any) -> frozenset[str]:
+    def _excluded(self, holder: Any, given: bool) -> frozenset[str]:
         if isinstance(holder, nn.Module):
             return self._of_modules
         if isinstance(holder, torch.optim.Optimizer):
-            return _OF_OPTIMIZERS if saves_whole(holder) else frozenset()
-        return self._of_others
+            return _OF_OPTIMIZERS if given and saves_whole(holder) else frozenset()
+        return self._of_others if given else frozenset()
 
     def _refuse_other_parts(self, now: Reached) -> None:
         """Raise for a layer that training has made, exchanged for one of another class, or taken away."""
@@ -224,7 +225,8 @@ class _Encoder:
     def _encoded(self, value: Any, path: str, depth: int = 0) -> Any:
         kind = type(value)
         if is_dense(value):
-            return self._of_module(value) or (value if value.is_leaf else value.detach())
+            name = self._now.names.get(id(value)) if is_leaf(value) else None
+            return Reference(name) if name else self._of_module(value) or _without_graph(value)
         if depth and is_simple(value):
             return value
         if depth == DEEPEST:
@@ -265,6 +267,10 @@ _DATA = ".data"
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _like(model: Any, items: list[Any]) -> Any:

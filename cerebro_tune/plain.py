@@ -164,14 +164,14 @@ class Filler:
         return existing
 
     def _filled_tensor(self, existing: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+        value = value.detach()
         known = None if existing is None else self.known.get(id(existing))
-        if existing is not None and known and known[1] == place(existing) and existing.is_leaf:
+        if existing is not None and known and known[1] == place(existing) and not existing.requires_grad:
             fits = existing.shape == value.shape and existing.dtype == value.dtype
             if fits:
-                existing.detach().copy_(value.detach())
+                existing.copy_(value)
                 return existing
-        result = value.detach().to("cpu" if existing is None else existing.device, copy=True)
-        result.requires_grad_(value.requires_grad)
+        result = value.to("cpu" if existing is None else existing.device, copy=True)
         self.known[id(result)] = result, place(result)
         return result
 

@@ -43,6 +43,7 @@ _CLOSED = (
 _SETTINGS = (bool, int, float, type(None))
 ITEMS = "items()"
 """Stands among the attributes of a container of a class of its own for what is in it."""
+_DATA = "data"
 _LARGEST_BYTES = 8_000_000
 """What takes more than that to pickle is taken for data, which training only reads."""
 
@@ -65,7 +66,7 @@ class Reached:
     Args:
         roots: (key path, object) of the owners to begin with.
         closed: Whether a module keeps its state itself.
-        excluded: Attributes that are none of the user's.
+        excluded: Gives the attributes of an object that are not looked at; it is told whether that is a given one.
         before: An earlier look; what is new since then has a name only in the place of one of its own class.
     """
 
@@ -73,7 +74,7 @@ class Reached:
         self,
         roots: Iterable[tuple[str, Any]],
         closed: Callable[[nn.Module], bool],
-        excluded: Callable[[Any], frozenset[str]],
+        excluded: Callable[[Any, bool], frozenset[str]],
         before: Reached | None = None,
     ) -> None:
         self.names: dict[int, str] = {}
@@ -83,6 +84,7 @@ class Reached:
         self.kinds: dict[str, type] = {}
         self.origins: dict[str, Any] = {}
         self._closed, self._excluded, self._before = closed, excluded, before
+        self._of_modules: set[int] = set()
         self.owners: list[Owner] = []
         for path, holder in roots:
             self._name(holder, path)
@@ -95,14 +97,18 @@ class Reached:
     def _own(self, path: str, holder: Any, origin: Any) -> None:
         owner = Owner(path, holder, origin, {}, {})
         self.owners.append(owner)
+        if isinstance(holder, nn.Module):
+            self._of_modules.update(map(id, holder._parameters.values()))
         if of_torch(holder):
             owner.simple.update(settings_of(holder))
             return
-        for key, value in held(holder, self._excluded(holder)):
+        for key, value in held(holder, self._excluded(holder, holder is origin)):
             (owner.simple if is_simple(value) else owner.others)[key] = value
 
     def _visit(self, value: Any, path: str, depth: int = 0) -> None:
-        if depth == DEEPEST or is_dense(value) or (depth and is_simple(value)):
+        if depth == DEEPEST or (depth and is_simple(value)):
+            return
+        if is_dense(value) and (not is_leaf(value) or id(value) in self._of_modules):
             return
         kind = type(value)
         if kind in SEQUENCES or kind in SETS or is_named_tuple(value):
@@ -169,6 +175,8 @@ def settings_of(layer: Any) -> dict[str, Any]:
 
 def held(holder: Any, excluded: frozenset[str] = frozenset()) -> list[tuple[str, Any]]:
     """The attributes of an object, and the items of one that is a container, too."""
+    if isinstance(holder, torch.Tensor):
+        return [(_DATA, holder.detach())]
     if isinstance(holder, types.FunctionType):
         return [(key, cell.cell_contents) for key, cell in _cells(holder).items()]
     found = [(key, value) for key, value in getattr(holder, "__dict__", {}).items() if key not in excluded]
@@ -180,7 +188,9 @@ def held(holder: Any, excluded: frozenset[str] = frozenset()) -> list[tuple[str,
 
 def hold(holder: Any, key: str, value: Any) -> None:
     """Make a value an attribute, as it was: without what a class does when one is set."""
-    if isinstance(holder, types.FunctionType):
+    if isinstance(holder, torch.Tensor):
+        holder.data = value
+    elif isinstance(holder, types.FunctionType):
         _cells(holder)[key].cell_contents = value
     elif key == ITEMS and (kind := _container_of(holder)) is not None:
         kind.clear(holder)
@@ -218,6 +228,11 @@ def _slots(kind: type) -> Iterator[str]:
                 yield f"_{base.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
 
 
+def is_leaf(value: Any) -> bool:
+    """Whether a value is a tensor that may be trained, and so must stay the same object."""
+    return is_dense(value) and value.requires_grad and value.is_leaf
+
+
 def of_torch(holder: Any) -> bool:
     """Whether an object is one of torch's own layers, which keep nothing but settings."""
     return type(holder).__module__.startswith("torch.nn.")
@@ -236,6 +251,8 @@ def root_of(thing: Any) -> str:
 def is_open(thing: Any) -> bool:
     """Whether what a thing is can be told from its attributes."""
     kind = type(thing)
+    if is_leaf(thing):
+        return True
     if kind is types.FunctionType:  # one that keeps variables of the function around it
         return bool(thing.__closure__) and not _is_known(thing)
     if isinstance(thing, (*_CODE, *_CLOSED)) or any(
@@ -260,7 +277,7 @@ def fingerprint(thing: Any) -> Any:
     if isinstance(thing, GENERATORS):
         return _place_in_stream(thing)
     if isinstance(thing, torch.Tensor):
-        return None if thing.is_meta else _digest(thing)
+        return None if thing.is_meta or is_open(thing) else _digest(thing)
     if inspect.isgenerator(thing):
         return inspect.getgeneratorstate(thing) == inspect.GEN_CREATED
     kept = isinstance(thing, (*_CODE, types.ModuleType, nn.Module)) or is_open(thing) or of_host(thing)

@@ -75,7 +75,8 @@ class HandBack:
         for callback in trial.callbacks:
             held = vars(callback)
             held.update({name: self.trainer for name, value in held.items() if value is trial.trainer})
-            held.pop("_restarting", None)  # with which Lightning's own note that a checkpoint was loaded into them
+            if "_restarting" in held:  # with which Lightning's own note that a checkpoint was loaded into them
+                held["_restarting"] = False
 
     def _copy_progress(self, kept: Any) -> None:
         trainer, fit = self.trainer, self.trainer.fit_loop
