@@ -45,6 +45,7 @@ from cerebro_tune.reach import (
     join,
     let_go,
     of_host,
+    of_torch,
     root_of,
     tensors_of,
 )
@@ -69,6 +70,8 @@ class Attributes:
         self._of_modules, self._of_others = frozenset(excluded) | OF_TORCH, frozenset(excluded)
         self._fresh: dict[str, dict[str, Any]] = {}
         self._known: dict[int, Any] = {}
+        self.held: dict[str, nn.Module] = {}
+        """What `modules` gave, or would have at the time of the last `dump`."""
         self.settle()
 
     def settle(self) -> None:
@@ -86,12 +89,14 @@ class Attributes:
         }
 
     def modules(self) -> dict[str, nn.Module]:
-        """The modules that are held without being part of an owner, by key path."""
-        return self._reach(self._settled).modules
+        """The modules that are held without being part of an owner, by key path, as they are now."""
+        self.held = self._reach(self._settled).modules
+        return self.held
 
     def dump(self) -> dict[str, dict[str, Any]]:
         """What differs from a fresh build, by owner and attribute; UnsupportedLeafError for what would be lost."""
         now = self._reach(self._settled)
+        self.held = now.modules
         self._refuse_other_parts(now)
         encoder, changed = _Encoder(now), {}
         for owner in now.owners:
@@ -122,6 +127,8 @@ class Attributes:
         encoder, filler = _Encoder(now), Filler(self._known, _Resolver(now, self._settled))
         present: set[int] = set()
         for owner in owners.values():
+            if of_torch(owner.holder) and owner.path not in dumped and owner.simple == self._fresh.get(owner.path):
+                continue
             wanted = {**self._fresh.get(owner.path, {}), **dumped.get(owner.path, {})}
             filled = _refill(owner, wanted, encoder, filler)
             present.update(id(tensor) for value in filled for tensor in tensors_in(value))

@@ -46,6 +46,12 @@ def talking(nets: Any) -> Any:
             super().validation_step(batch, batch_idx)
             self.log("val_first", batch[0][0, 0], on_step=True, on_epoch=True)
 
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx % 4 == 3:
+                self.loggers[0].experiment.add_histogram("weights", self.net[0].weight, self.global_step)
+                self.loggers[1].experiment.log_metrics({"largest": batch[0].max()}, self.global_step)
+            return super().training_step(batch, batch_idx)
+
         def on_fit_end(self) -> None:
             for logger in self.loggers:
                 logger.log_metrics({"ended": 2.0}, step=self.global_step)

@@ -39,10 +39,9 @@ class Asides:
     def __init__(self, module: nn.Module, attributes: Attributes) -> None:
         self._module, self._attributes = module, attributes
 
-    def held(self) -> dict[str, nn.Module]:
-        """Each by its key path."""
-        inside = {id(part) for part in self._module.modules()}
-        found = self._attributes.modules()
+    def _among(self, found: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Those of the modules found that have something to carry, by key path."""
+        inside = {id(part) for part in self._module.modules()} if found else set()
         return {
             path: part
             for path, part in found.items()
@@ -50,15 +49,15 @@ class Asides:
         }
 
     def dump(self) -> dict[str, dict[str, Any]]:
-        """Their tensors, flags and metrics."""
+        """Their tensors, flags and metrics, as the attributes were dumped."""
         return {
             path: {"tensors": own_tensors(part), "flags": flags(part), "metrics": results.dump_metrics(part)}
-            for path, part in self.held().items()
+            for path, part in self._among(self._attributes.held).items()
         }
 
     def load(self, state: Mapping[str, dict[str, Any]]) -> None:
         """Take up what `dump` gave."""
-        held = self.held()
+        held = self._among(self._attributes.modules())
         if lacking := sorted(state.keys() - held.keys()):
             raise StateError(f"The state has {', '.join(lacking)}, which a fresh build has not.")
         for path, saved in state.items():

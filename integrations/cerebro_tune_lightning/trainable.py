@@ -16,6 +16,7 @@ _VALID_KWARGS = (
     "accumulate_grad_batches",
     "benchmark",
     "callbacks",
+    "default_root_dir",
     "detect_anomaly",
     "deterministic",
     "enable_autolog_hparams",
@@ -63,8 +64,8 @@ class LightningTrainable(Recipe):
             `logger` is a CSVLogger or TensorBoardLogger, of which each trial gets a version named by its id; a
             function that makes the logger of a trial from its id; True for Lightning's default; or a list of these.
             Trials are logged where `fit` is called, a unit at a time when it is committed, and with
-            `report_every="unit"` what is validated in mid-epoch, too. What a module writes through
-            `self.logger.experiment` goes nowhere, since the file or run is not in the worker.
+            `report_every="unit"` what is validated in mid-epoch, too. What a module calls on `self.logger` and its
+            `experiment` travels likewise, and returns None, since the file or run is not in the worker.
         loader: Settings for loading, as `Cerebro` takes them; each wins over the executor's.
         datamodule: A LightningDataModule to train on, for an executor that was made without data.
     """
@@ -88,6 +89,7 @@ class LightningTrainable(Recipe):
         self.loggers = TrialLoggers(self.trainer_kwargs.pop("logger", None))
         given = callbacks.as_list(self.trainer_kwargs.get("callbacks"))
         callbacks.working(given, self.name)
+        callbacks.check_savers(given, self.name)
         self.checkpoint_callback = callbacks.checkpoint_callback(given)
         self.accumulate = int(self.trainer_kwargs.get("accumulate_grad_batches", 1))
         if self.accumulate < 1:

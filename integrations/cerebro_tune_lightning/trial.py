@@ -53,6 +53,10 @@ class LightningTrial(Trainable):
         self._begin()
         return self._kept.run(work)
 
+    def conclude(self) -> None:
+        """End a trial that was stopped from outside: call the hooks that follow the last epoch, if they were not."""
+        self._kept.conclude()
+
     def take_log(self) -> bytes | None:  # noqa: D102
         return self._kept.take_log()
 
