@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import torch
 
 from cerebro_tune.errors import ConfigurationError, NotPicklableError
 from cerebro_tune.trainable import Config, Plan, Recipe, Trainable
@@ -18,13 +20,32 @@ from cerebro_tune_lightning.trainable import LightningTrainable
 def pickled(what: Any, name: str) -> bytes:
     """What is to travel, as bytes; `name` begins the sentence of the NotPicklableError."""
     try:
-        made: bytes = cloudpickle.dumps(what)
+        with BytesIO() as made:
+            _Pickler(made).dump(what)
+            return made.getvalue()
     except Exception as error:  # pickling runs code of the object's own, which may raise anything
         raise NotPicklableError(
             f"{name} cannot be sent to the workers: {type(error).__name__}: {error}. Make in setup() or "
             "on_train_start() what cannot travel (open files, locks, connections): these are called in every worker."
         ) from error
-    return made
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+    """Keeps tensors that share memory sharing it: a plain pickle gives each its own."""
+
+    def __init__(self, file: BytesIO) -> None:
+        super().__init__(file)
+        self._storages: dict[int, Any] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.storage.TypedStorage):
+            first = self._storages.setdefault(obj._untyped_storage._cdata, obj)
+            return NotImplemented if first is obj else (_itself, (first,))
+        return super().reducer_override(obj)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 class InstanceRecipe(LightningTrainable):

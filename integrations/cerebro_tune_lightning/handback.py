@@ -128,6 +128,8 @@ class HandBack:
             loop.on_iteration_done()  # this is no restart
         for name in ("callback_metrics", "logged_metrics", "progress_bar_metrics"):
             setattr(trainer._logger_connector, f"_{name}", dict(getattr(kept, name)))
+        for name in ("gradient_clip_val", "gradient_clip_algorithm"):
+            setattr(trainer, name, getattr(kept, name))
         trainer.accumulate_grad_batches, trainer.should_stop = kept.accumulate_grad_batches, kept.should_stop
 
     def _note_checkpoints(self, result: TrialResult) -> None:
