@@ -22,7 +22,8 @@ def adopt(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     if targets.keys() != values.keys():
         raise StateError(
             f"The state has tensors {sorted(values.keys() - targets.keys())} that the model lacks, and lacks its "
-            f"{sorted(targets.keys() - values.keys())}: was the model built from another config?"
+            f"{sorted(targets.keys() - values.keys())}: was the model built from another config, or has training made "
+            "what __init__ should make?"
         )
     for name, target in targets.items():
         value = values[name]
@@ -71,6 +72,7 @@ def load_model(
         strict: Whether a name that the model lacks is an error (StateError) or left out.
     """
     _part(model, saved)
+    _make_buffers(model, {**saved, **others})
     mended = saved
     if hook is not None:
         _move_in(model, saved, others)
@@ -126,21 +128,35 @@ def _part(model: nn.Module, saved: Mapping[str, Any]) -> None:
                 part._buffers[leaf] = torch.zeros_like(buffer)
 
 
+def _make_buffers(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Give room to the buffers that a fresh build has none for, and training has given a value."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    for prefix, part in model.named_modules():
+        for leaf, buffer in part._buffers.items():
+            value = values.get(f"{prefix}.{leaf}" if prefix else leaf)
+            if buffer is None and isinstance(value, Tensor):
+                part._buffers[leaf] = torch.empty_like(value, device=device)
+
+
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.layout is not torch.strided:
         return (id(tensor),)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients that there are, by parameter."""
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def gradients(model: nn.Module) -> dict[str, Any]:
+    """The gradients that there are, by parameter; a sparse one as (indices, values, size)."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: (g._indices(), g._values(), [*g.shape]) if g.is_sparse else g for name, g in found.items()}
 
 
-def load_gradients(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def load_gradients(model: nn.Module, values: Mapping[str, Any]) -> None:
     """Make these the model's gradients, and its only ones."""
     for name, parameter in model.named_parameters():
-        parameter.grad = values[name].to(parameter.device) if name in values else None
+        gradient = values.get(name)
+        if isinstance(gradient, tuple):
+            gradient = torch.sparse_coo_tensor(*gradient)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
 def refuse_outsiders(owner: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -85,7 +85,9 @@ class Attributes:
                 mine = (tensor for value in values.values() for tensor in tensors_in(value))
                 self._known |= {id(tensor): (tensor, place(tensor)) for tensor in mine}
         self._places = {
-            path: found for path, thing in self._settled.things.items() if (found := fingerprint(thing)) is not None
+            path: found
+            for path in self._settled.origins
+            if (found := fingerprint(self._settled.things[path])) is not None
         }
 
     def modules(self) -> dict[str, nn.Module]:

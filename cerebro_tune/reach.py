@@ -33,6 +33,7 @@ OF_HOSTS = _HOSTS | {"torch"}
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, Random)
 _OPEN_PARTS_OF_TORCH = ("torch.optim", "torch.amp", "torch.cuda.amp", "torch.distributions")
 _OPEN_OF_PYTHON = (SimpleNamespace, Namespace)
+_OF_PYTHON = sys.stdlib_module_names - {"__main__", "abc", "types"}  # classes that are made by a call are of the latter
 _CODE = (
     type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType,
     types.WrapperDescriptorType, types.MethodWrapperType,
@@ -269,7 +270,7 @@ def is_open(thing: Any) -> bool:
 def _is_known(code: Any) -> bool:
     """Whether a class or function is a host's, torch's or Python's own."""
     root = root_of(code)
-    return root in OF_HOSTS or (root in sys.stdlib_module_names and root != "__main__")
+    return root in OF_HOSTS or root in _OF_PYTHON
 
 
 def fingerprint(thing: Any) -> Any:

@@ -19,6 +19,7 @@ from cerebro_tune.adopt import (
     load_gradients,
     load_model,
     refuse_outsiders,
+    saves_whole,
     unlisted,
 )
 from cerebro_tune.attributes import Attributes, modules_of
@@ -140,7 +141,7 @@ class TorchTrainable(Trainable):
         self._fresh = note_groups([optimizer], rest)
         # Last, so that what was set here is part of a fresh build.
         own = ("state", "_config", "_fresh", "_attributes")
-        self._attributes = Attributes(lambda: [("", self), *modules_of(model)], own)
+        self._attributes = Attributes(lambda: [("", self), ("optimizer", optimizer), *modules_of(model)], own)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         state = self.state
@@ -160,7 +161,8 @@ class TorchTrainable(Trainable):
         mine = self.state
         load_model(mine.model, state["model"], state["buffers"])
         load_gradients(mine.model, state["gradients"])
-        adopt_optimizer(mine.optimizer, state["optimizer"])
+        if saves_whole(mine.optimizer):  # what another has made of it hops as attributes do
+            adopt_optimizer(mine.optimizer, state["optimizer"])
         if mine.scheduler is not None:
             mine.scheduler.load_state_dict(state["scheduler"])
         mine.scaler.load_state_dict(state["scaler"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -31,17 +32,29 @@ def pickled(what: Any, name: str) -> bytes:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
-    """Keeps tensors that share memory sharing it: a plain pickle gives each its own."""
+    """Keeps what a plain pickle of a module leaves out: which tensors share memory, and hooks of parameters."""
 
     def __init__(self, file: BytesIO) -> None:
         super().__init__(file)
+        self._protocol = pickle.DEFAULT_PROTOCOL
         self._storages: dict[int, Any] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.storage.TypedStorage):
             first = self._storages.setdefault(obj._untyped_storage._cdata, obj)
             return NotImplemented if first is obj else (_itself, (first,))
+        if isinstance(obj, torch.nn.Parameter) and (hooks := {n: h for n in _HOOKS if (h := getattr(obj, n))}):
+            make, given, *_ = obj.__reduce_ex__(self._protocol)  # type: ignore[no-untyped-call]  # torch's
+            return make, given, hooks, None, None, _set_hooks
         return super().reducer_override(obj)
+
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def _set_hooks(parameter: torch.nn.Parameter, hooks: Mapping[str, Any]) -> None:
+    for name, own in hooks.items():
+        setattr(parameter, name, own)
 
 
 def _itself(value: Any) -> Any:
