@@ -263,6 +263,48 @@ class LookingAhead(Momentum):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
+class Late(Momentum):
+    """A buffer that has no value before the first batch, and a hook that a parameter has from the start."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.register_buffer("mean", None)
+        self.meter = Meter()
+        self.net[0].weight.register_hook(self.count)
+
+    def count(self, gradient: Any) -> Any:
+        self.meter.update(1.0)
+        return gradient * (1 + self.meter.total / 50)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        mean = batch[0].mean(0)
+        self.mean = mean if self.mean is None else self.mean.lerp(mean, 0.1)
+        return F.cross_entropy(self.net(batch[0] - self.mean), batch[1])
+
+
+class Sparse(Momentum):
+    """An embedding with sparse gradients, which wait for a step by hand."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.automatic_optimization = False
+        self.words = nn.Embedding(12, 8, sparse=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        dense, sparse = self.optimizers()
+        words = (batch[0][:, 0] * 3).long().clamp(-6, 5) + 6
+        loss = F.cross_entropy(self.net(batch[0] + self.words(words)), batch[1])
+        self.manual_backward(loss)
+        if batch_idx % 3 == 2:
+            for optimizer in (dense, sparse):
+                optimizer.step()
+                optimizer.zero_grad()
+        return loss.detach()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(self.net.parameters(), 0.01), torch.optim.SparseAdam(self.words.parameters(), 0.01)]
+
+
 class Keeping(pl.Callback):
     """Holds what a callback may: lists by name, a meter, a schedule of its own for the module."""
 

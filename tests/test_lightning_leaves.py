@@ -95,6 +95,14 @@ def test_objects_come_back_to_the_users_own(executor: Cerebro) -> None:
     assert [vars(meter) for meter in keeping.meters] == [vars(meter) for meter in other.meters]
 
 
+def test_hooks_of_parameters_travel(executor: Cerebro) -> None:
+    module, expected = holding_nets.Late(), holding_nets.Late()
+    expected.load_state_dict(module.state_dict())
+    hopped = fit(executor, module, *loaders())
+    assert_same(hopped, plain_fit(executor, hopped.strategy.result, expected))
+    assert vars(module.meter) == vars(expected.meter)
+
+
 class Exchanging(lightning_nets.Momentum):  # type: ignore[misc,name-defined]
     """Does to itself, in mid-training, what `change` says."""
 

@@ -65,6 +65,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "by_hand": ("ByHand", {}),
     "sharpness": ("Sharpness", {}),
     "lookahead": ("LookingAhead", {}),
+    "late": ("Late", {}),
+    "sparse": ("Sparse", {}),
     "keeping": ("Momentum", {"callbacks": ("Keeping", {})}),
     "boring": ("Boring", {}),
     "manual_boring": ("ManualBoring", {}),
