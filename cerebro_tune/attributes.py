@@ -131,8 +131,7 @@ class Attributes:
         for owner in owners.values():
             if of_torch(owner.holder) and owner.path not in dumped and owner.simple == self._fresh.get(owner.path):
                 continue
-            wanted = {**self._fresh.get(owner.path, {}), **dumped.get(owner.path, {})}
-            filled = _refill(owner, wanted, encoder, filler)
+            filled = _refill(owner, self._fresh.get(owner.path, {}), dumped.get(owner.path, {}), encoder, filler)
             present.update(id(tensor) for value in filled for tensor in tensors_in(value))
         self._known = {number: known for number, known in filler.known.items() if number in present}
 
@@ -192,10 +191,15 @@ def _refusal(thing: Any, path: str) -> UnsupportedLeafError:
     )
 
 
-def _refill(owner: Owner, wanted: Mapping[str, Any], encoder: _Encoder, filler: Filler) -> list[Any]:
-    """Give an owner the wanted attributes and no others; returns their values."""
+def _refill(
+    owner: Owner, fresh: Mapping[str, Any], dumped: Mapping[str, Any], encoder: _Encoder, filler: Filler
+) -> list[Any]:
+    """Give an owner the attributes of a fresh build, but for those that were dumped; returns their values."""
     values, lost = encoder.attributes(owner)
-    for key in (values.keys() | lost.keys()) - wanted.keys():
+    # What is no value is there because the owner's own hook has put it there.
+    spared = lost.keys() - dumped.keys() if _saves_itself(owner.origin) else set()
+    wanted = {key: value for key, value in {**fresh, **dumped}.items() if key not in spared}
+    for key in (values.keys() | lost.keys()) - wanted.keys() - spared:
         let_go(owner.holder, key)
     there = owner.simple | owner.others
     for key, value in wanted.items():

@@ -560,6 +560,31 @@ def test_what_the_load_hook_puts_into_attributes_is_kept(train: ShardedDataset) 
     hopping.close()
 
 
+class Indexed(Momentum):
+    """Has its load hook make what is no value."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.index: Any = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.index = memoryview(bytes([*(self.index or b""), batch_idx]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["index"] = bytes(self.index)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.index = memoryview(checkpoint["index"])
+
+
+def test_what_the_load_hook_makes_of_no_value_is_kept(train: ShardedDataset) -> None:
+    hopping = Hopping(LightningTrainable(Indexed), {}, train)
+    for _ in range(3):
+        hopping.unit()
+    assert [*hopping.seat.module.index] == [*range(12)]
+    hopping.close()
+
+
 def test_training_starts_and_ends_once(train: ShardedDataset) -> None:
     hopping = Hopping(LightningTrainable(Teacher), {}, train, epochs=1)
     ends = []
