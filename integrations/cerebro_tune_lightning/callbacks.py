@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from cerebro_tune.errors import NotTrainableError
+from cerebro_tune.errors import ConfigurationError, NotTrainableError
 
 _IDLE = ("ModelCheckpoint", "OnExceptionCheckpoint", "ModelSummary", "ProgressBar")
 """What these show and save is the coordinator's to show and save, once."""
@@ -32,6 +32,9 @@ _REFUSED = {
 }
 """What cannot hop, and what to do instead."""
 
+_PRUNING = "PyTorchLightningPruningCallback"
+"""Of optuna-integration, where it lies in one module or another."""
+
 
 def as_list(callbacks: Any) -> list[Any]:
     """What may be given as a Trainer's callbacks, as a list."""
@@ -41,12 +44,19 @@ def as_list(callbacks: Any) -> list[Any]:
 
 
 def working(callbacks: Iterable[Any], name: str) -> list[Any]:
-    """The callbacks that have something to do in a worker; NotTrainableError for one that cannot hop.
+    """The callbacks that have something to do in a worker; an error for one that cannot hop, or must not.
 
     `name` is that of what is trained, for the message.
     """
     kept = [callback for callback in callbacks if not derives(callback, _IDLE)]
     for callback in kept:
+        if any(base.__name__ == _PRUNING for base in type(callback).__mro__):
+            metric = getattr(callback, "monitor", "val_loss")
+            raise ConfigurationError(
+                f"{name} is trained with {_PRUNING}(trial, monitor={metric!r}), but a trial that hops reports by "
+                "itself: take that callback out, and give HopStrategy, optimize or fit the metric, as in "
+                f"HopStrategy(cerebro, trial, metric={metric!r})."
+            )
         if found := derives(callback, _REFUSED):
             raise NotTrainableError(f"{name} is trained with the callback {type(callback).__name__}, {_REFUSED[found]}")
     return kept

@@ -110,7 +110,10 @@ class Fit:
 
 
 class FitRecipe(Recipe):
-    """Trains what the config brings under `fit`: the trials of one run may be modules of different classes."""
+    """Trains what the config brings under `fit`: the trials of one run may be modules of different classes.
+
+    Under `given` it may bring the config that the module was made with, so that a change of it takes effect.
+    """
 
     name, suffix = "fit", ".ckpt"
 
@@ -125,7 +128,10 @@ class FitRecipe(Recipe):
 
             def start(self, config: Config, plan: Plan) -> None:
                 self._recipe = OneFit(*cloudpickle.loads(config["fit"].packed))
-                super().start({}, replace(plan, accumulate=self._recipe.accumulate))
+                super().start(config.get("given", {}), replace(plan, accumulate=self._recipe.accumulate))
+
+            def change_config(self, old: Config, new: Config) -> None:
+                super().change_config(old.get("given", {}), new.get("given", {}))
 
         return FitTrial()
 
