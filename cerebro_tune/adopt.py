@@ -159,10 +159,9 @@ def load_gradients(model: nn.Module, values: Mapping[str, Any]) -> None:
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
-def refuse_outsiders(owner: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ConfigurationError for what `owner` trains or keeps beside its model, which would not hop."""
-    kind = type(owner).__name__
-    inside = {id(part) for part in chain(model.modules(), model.parameters())}
+def refuse_outsiders(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigurationError for parameters that an optimizer trains beside those of the model."""
+    inside = {id(parameter) for parameter in model.parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if outside := [str(tuple(parameter.shape)) for parameter in trained if id(parameter) not in inside]:
         raise ConfigurationError(
@@ -170,15 +169,18 @@ def refuse_outsiders(owner: object, model: nn.Module, optimizer: torch.optim.Opt
             'so would not hop: make them part of it, as in nn.ModuleDict({"net": net, "loss": loss}), and return that '
             "as the model."
         )
-    for name, value in vars(owner).items():
-        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
-        for part in items:
-            if isinstance(part, nn.Module) and id(part) not in inside and _has_state(part):
-                raise ConfigurationError(
-                    f"{kind}.{name} is a {type(part).__name__} that is not part of the model, and so would not hop: "
-                    f'make it part of it, as in nn.ModuleDict({{"net": net, "{name}": {name}}}), and return that as '
-                    "the model."
-                )
+
+
+def refuse_modules(kind: str, held: Mapping[str, nn.Module]) -> None:
+    """Raise ConfigurationError for one of the modules that a trainable holds beside its model, by key path."""
+    for path, part in held.items():
+        if _has_state(part):
+            name = path.rpartition(".")[2].partition("[")[0]
+            raise ConfigurationError(
+                f"{kind}.{path} is a {type(part).__name__} that is not part of the model, and so would not hop: "
+                f'make it part of it, as in nn.ModuleDict({{"net": net, "{name}": {name}}}), and return that as '
+                "the model."
+            )
 
 
 def _has_state(part: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from cerebro_tune.plain import (
     MAPPINGS,
     SEQUENCES,
     SETS,
+    Aboard,
     Defaulting,
     Filler,
     Reference,
@@ -126,7 +127,7 @@ class Attributes:
                 f"The state has attributes of {', '.join(lacking)}, which a fresh build has not: make in the "
                 "constructor what training needs, or before it starts."
             )
-        encoder, filler = _Encoder(now), Filler(self._known, _Resolver(now, self._settled))
+        encoder, filler = _Encoder(now), Filler(self._known, _Resolver(now, self._settled), _device_of(now))
         present: set[int] = set()
         for owner in owners.values():
             if of_torch(owner.holder) and owner.path not in dumped and owner.simple == self._fresh.get(owner.path):
@@ -239,7 +240,7 @@ class _Encoder:
         kind = type(value)
         if is_dense(value):
             name = self._now.names.get(id(value)) if is_leaf(value) else None
-            return Reference(name) if name else self._of_module(value) or _without_graph(value)
+            return Reference(name) if name else self._of_module(value) or _carried(value)
         if depth and is_simple(value):
             return value
         if depth == DEEPEST:
@@ -282,8 +283,17 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
+def _carried(tensor: torch.Tensor) -> Any:
+    """The tensor without its graph, and with a word of where it is to lie."""
+    free = tensor.detach() if tensor.requires_grad else tensor
+    return free if free.is_cpu else Aboard(free)
+
+
+def _device_of(now: Reached) -> torch.device:
+    """Where the first parameter lies."""
+    modules = (owner.holder for owner in now.owners if isinstance(owner.holder, nn.Module))
+    own = (one.device for part in modules for one in part._parameters.values() if one is not None)
+    return next(own, torch.device("cpu"))
 
 
 def _like(model: Any, items: list[Any]) -> Any:

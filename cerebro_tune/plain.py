@@ -44,6 +44,12 @@ class Defaulting(NamedTuple):
     items: Any
 
 
+class Aboard(NamedTuple):
+    """Stands for a tensor on the device that trains, whichever that is where it is read."""
+
+    tensor: torch.Tensor
+
+
 _BUILTINS = {factory.__name__: factory for factory in (list, dict, set, int, float, str, bool, tuple)}
 
 
@@ -105,11 +111,11 @@ class Filler:
     """Copies values, what is shared among them once, into the objects that are there where these can take it.
 
     A tensor is written to only if it is one of `known` and still where it was: any other may view a trial's buffer, and
-    that may belong to another trial by now. `resolve` finds what a reference stands for.
+    that may belong to another trial by now. `resolve` finds what a reference stands for; `device` is that which trains.
     """
 
-    def __init__(self, known: Known, resolve: Callable[[str], Any] = Reference) -> None:
-        self.known, self._resolve = dict(known), resolve
+    def __init__(self, known: Known, resolve: Callable[[str], Any] = Reference, device: Any = "cpu") -> None:
+        self.known, self._resolve, self._device = dict(known), resolve, torch.device(device)
         self._done: dict[Any, tuple[Any, Any]] = {}  # by the value: the value, kept alive, and what stands for it
 
     def copy(self, value: Any) -> Any:
@@ -123,10 +129,22 @@ class Filler:
             return value
         if kind is Reference:
             return self._resolve(value.path)
+        if kind is Aboard:
+            return self._boarded(existing, value)
         # Two tensors read from a buffer are one if they lie in one place there.
         key = place(value) if isinstance(value, torch.Tensor) and value.numel() else id(value)
         if key not in self._done:
             self._done[key] = value, self._filled(existing, value)
+        return self._done[key][1]
+
+    def _boarded(self, existing: Any, value: Aboard) -> Any:
+        filled = self.fill(existing, value.tensor)
+        if self._resolve is Reference:  # what is copied to be kept stays what it stands for
+            return Aboard(filled)
+        key = "aboard", id(filled)
+        if key not in self._done:
+            self._done[key] = filled, filled.to(self._device)
+            self.known[id(self._done[key][1])] = self._done[key][1], place(self._done[key][1])
         return self._done[key][1]
 
     def _filled(self, existing: Any, value: Any) -> Any:
@@ -152,7 +170,7 @@ class Filler:
 
     def _filled_defaults(self, existing: Any, value: Defaulting) -> Any:
         items = self._filled_items(existing or {}, value.items)
-        if self._resolve is Reference:  # what is copied to be kept stays what it stands for
+        if self._resolve is Reference:
             return Defaulting(value.factory, items)
         factory = value.factory
         made = self.fill(None, factory) if isinstance(factory, Reference) else _BUILTINS.get(factory)

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 from cerebro_tune.attributes import Attributes, modules_of
 from cerebro_tune.errors import StateError, UnsupportedLeafError
+from cerebro_tune.plain import Aboard, Filler
 from trees import round_trip, same
 
 
@@ -163,6 +164,15 @@ def test_a_tensor_goes_back_to_its_device() -> None:
     assert target.mean.tolist() == [1, 1]
     into.load({"owner": {"mean": torch.ones(2)}})  # compared across devices
     assert target.mean.is_cuda
+
+
+def test_what_training_has_made_on_a_device_is_put_on_that_of_the_reader() -> None:
+    made = torch.ones(2)
+    value = {"first": Aboard(made), "again": [Aboard(made)], "host": torch.zeros(1)}
+    into = Filler({}, {}.__getitem__, "meta").fill(None, Filler({}).copy(value))
+    assert into["first"].is_meta
+    assert into["first"] is into["again"][0]
+    assert into["host"].is_cpu
 
 
 class Noisy(nn.Module):

@@ -186,6 +186,7 @@ def test_hops_equal_a_plain_fit(
         if "hyper_parameters" not in expected:
             assert hopped.pop("hyper_parameters") == result.config
         assert_equal(hopped, expected)
+        assert_equal(kind.load_from_checkpoint(result.last_checkpoint).state_dict(), hopped["state_dict"])
         recorder = trainer.callbacks[-1]
         (recorded,) = (of for name, of in extras["attributes"].items() if name.endswith(".Recorder"))
         assert_equal(recorded, {name: vars(recorder)[name] for name in recorded})

@@ -369,7 +369,12 @@ class OwnCheckpoint(pl.callbacks.Checkpoint):
 
 class BringsSaver(Momentum):
     def configure_callbacks(self) -> Any:
-        return [pl.callbacks.ModelCheckpoint(every_n_train_steps=1), pl.callbacks.LearningRateMonitor()]
+        return [pl.callbacks.ModelCheckpoint(every_n_epochs=1), pl.callbacks.LearningRateMonitor()]
+
+
+class BringsEagerSaver(Momentum):
+    def configure_callbacks(self) -> Any:
+        return pl.callbacks.ModelCheckpoint(every_n_train_steps=1)
 
 
 class BringsTimer(Momentum):
@@ -401,6 +406,7 @@ class Outside(Momentum):
             "ModelPruning.*prune the trained model",
         ),
         (Momentum, {"callbacks": OwnCheckpoint()}, "OwnCheckpoint.*a ModelCheckpoint"),
+        (BringsEagerSaver, {}, "BringsEagerSaver is trained with a ModelCheckpoint with every_n_train_steps=1"),
         (BringsTimer, {}, "BringsTimer is trained with the callback Timer"),
         (Outside, {}, r"not in the module, of shape \(2, 3\), \(\); only the module's own hop"),
         (lambda config: nn.Linear(8, 2), {}, "must make a LightningModule"),
