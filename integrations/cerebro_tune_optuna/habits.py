@@ -68,7 +68,8 @@ def _check_steps(pruner: stock.BasePruner, executor: Cerebro) -> None:
             part = f"{steps / shards:.3g}"
             warn_user(
                 f"{type(pruner).__name__} has {name}={steps}, and a step is a unit here: {steps} of {shards} are "
-                f"{part} epochs. For {steps} epochs write {name}=cerebro.units({steps}), which is {steps * shards}, for "
-                f"{part} write cerebro.units({part}); or let every epoch be a step: Cerebro(report_every='epoch')."
+                f"{part} epochs. For {steps} epochs write {name}=cerebro.units({steps}), which is {steps * shards}, "
+                f"for {part} write cerebro.units({part}); or let every epoch be a step: "
+                "Cerebro(report_every='epoch')."
             )
             return
