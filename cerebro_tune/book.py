@@ -135,16 +135,18 @@ class TrialBook:
             )
         return Brought(recipe, shipped)
 
-    def new_page(self, config: Mapping[str, Any] | None, brought: Brought | None) -> TrialPage:
+    def new_page(
+        self, config: Mapping[str, Any] | None, brought: Brought | None, index: int | None = None
+    ) -> TrialPage:
         """The page of one more trial, not yet in the book; ConfigurationError for a config that cannot be trained."""
         chosen = dict(config or {})
         settings, recipe = self._settings, self._recipe if brought is None else brought.recipe
-        defaults = {"epochs": settings.epochs, "batch_size": recipe.batch_size or settings.batch_size}
+        defaults = {"epochs": recipe.epochs or settings.epochs, "batch_size": recipe.batch_size or settings.batch_size}
         ours = {key: default if recipe.takes(key) else chosen.get(key, default) for key, default in defaults.items()}
         ours = {key: whole_number(f"{key} in a config", value, 1) for key, value in ours.items()}
         model_config = recipe.model_config(chosen)
         recipe.check_config(model_config)
-        trial = Trial(f"trial-{len(self):04d}", len(self), ours["epochs"])
+        trial = Trial(f"trial-{len(self):04d}", len(self) if index is None else index, ours["epochs"])
         shipped = ship(model_config, f"The config {chosen}")
         return TrialPage(trial, chosen, shipped, ours["batch_size"], recipe.suffix, brought)
 
@@ -168,7 +170,7 @@ class TrialBook:
     def clear_staged(self) -> None:
         """Remove what was written by units that were not committed."""
         for page in self:
-            for path in self.path(page, "best").parent.glob(f"best.[0-9]*{page.suffix}*"):
+            for path in self.path(page, "best").parent.glob("best.[0-9]*"):
                 path.unlink()
 
     def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:

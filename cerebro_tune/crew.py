@@ -34,9 +34,9 @@ class Crew:
         """The trials of which each worker has the config."""
         self._forgotten: dict[WorkerId, tuple[list[str], list[int]]] = {worker: ([], []) for worker in workers.ids}
 
-    def wait(self) -> list[Message]:
-        """What the workers say next."""
-        return self._workers.wait()
+    def wait(self, timeout_s: float | None = None) -> list[Message]:
+        """What the workers say next; nothing when the time has passed."""
+        return self._workers.wait(timeout_s)
 
     def set_up(self, worker: WorkerId, *, check: bool) -> None:
         """Tell a worker of the run. Each shard is checked once on this machine, by one of the workers."""

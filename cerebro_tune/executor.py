@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import time
 from types import TracebackType
@@ -288,8 +288,22 @@ class Cerebro:
             self, recipe, dict(config or {}), caller or Caller(TrainAll().on_report), metric, mode
         )
 
-    def run(self, trainable: Any, tuner: Tuner, *, metric: str | None = None, mode: str = "min") -> Run:
-        """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it."""
+    def run(
+        self,
+        trainable: Any,
+        tuner: Tuner,
+        *,
+        metric: str | None = None,
+        mode: str = "min",
+        keep: str | None = None,
+        policy: str | Policy | None = None,
+        hosted: bool = False,
+    ) -> Run:
+        """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it.
+
+        `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it
+        decides how many trials are live, shows progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
+        """
         if self._current is not None:
             raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")
         one_of(mode=mode, valid=("min", "max"))
@@ -301,8 +315,12 @@ class Cerebro:
         self.start()
         assert self._workers is not None, "started"
         settings = self._settings(recipe, metric, mode)
+        settings = replace(settings, keep=keep or self.keep, policy=policy or self.policy)
+        if hosted:
+            settings = replace(settings, live_trials=None)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
-        run = Run(self._workers, store, recipe, settings, tuner, make_progress(self._progress))
+        progress = make_progress(False if hosted else self._progress)
+        run = Run(self._workers, store, recipe, settings, tuner, progress)
         self._current = self._grower.run = run
         return run
 
@@ -358,13 +376,13 @@ class Cerebro:
         self.close()
 
     def give_up(self, run: Run) -> None:
-        """Let go of a run that is not driven to its end."""
+        """End a run where it is; its folder goes, if there is nothing in it."""
         run.close()
         self._current = self._grower.run = None
-        if not run.units:
-            (run.settings.run_dir / DATA_FILE).unlink(missing_ok=True)
-            with suppress(OSError):  # it has something in it after all
-                run.settings.run_dir.rmdir()
+        folder = run.settings.run_dir
+        if not any(path.name != DATA_FILE for path in folder.iterdir()):
+            (folder / DATA_FILE).unlink(missing_ok=True)
+            folder.rmdir()
 
     def _settings(self, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
         spec = RunSpec(

@@ -175,8 +175,8 @@ class Hopper:
     def _on_trial_cloned(self, event: TrialCloned, out: list[Instruction]) -> None:
         self._check_new(event, event.trial)
         source = self._find(event, event.source)
-        if not TRANSITIONS[source.status]:
-            _refuse(event, f"trial {event.source!r}", source.status.value, "a source that has not ended")
+        if not TRANSITIONS[source.status] and source.status is not Status.FAILED:  # its last good state may be there
+            _refuse(event, f"trial {event.source!r}", source.status.value, "a source that has not ended, or has failed")
         units = event.trial.epochs * self._shards
         if units <= source.units_done:
             state = f"{source.units_done} units on"

@@ -10,9 +10,10 @@ short methods needs several of them.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
@@ -53,6 +54,8 @@ from cerebro_tune.workers.messages import (
     Task,
 )
 
+T = TypeVar("T")
+
 
 class Run:
     """Trials on workers, from the first unit to the results."""
@@ -88,21 +91,22 @@ class Run:
         self._orders: deque[Instruction] = deque()
         self._results: dict[str, Finished] = {}
         """Of units that ended and are not committed."""
-        self._search_ended = self._interrupted = False
+        self._search_ended = self._interrupted = self._shown = False
         self._fatal: Exception | None = None
 
     # Commands: from any thread.
 
-    def add(self, config: Config, recipe: Recipe | None = None) -> str:
+    def add(self, config: Config, recipe: Recipe | None = None, index: int | None = None) -> str:
         """Add a trial, of the run's recipe or one of its own. Returns its id.
 
+        With the `index` of a trial whose place it takes it draws the random numbers that that one would have drawn.
         ConfigurationError for a config that cannot be trained.
         """
-        return self._commands.ask(lambda: self._add(config, None, recipe))
+        return self._commands.ask(lambda: self._add(config, None, recipe, index))
 
-    def clone(self, trial_id: str, config: Config | None = None) -> str:
+    def clone(self, trial_id: str, config: Config | None = None, index: int | None = None) -> str:
         """Add a trial that goes on from another's last committed unit, with a changed config if given."""
-        return self._commands.ask(lambda: self._add(config, trial_id))
+        return self._commands.ask(lambda: self._add(config, trial_id, index=index))
 
     def decide(self, trial_id: str, decision: Decision) -> None:
         """Answer a report of the trial. What was asked out of turn meanwhile is joined with it: the firmer wins."""
@@ -132,9 +136,22 @@ class Run:
         """The trial's status now."""
         return self._commands.ask(lambda: self._hopper.status(trial_id).value)
 
+    def index(self, trial_id: str) -> int:
+        """The trial's number, which its random numbers come from."""
+        return self._page(trial_id).trial.index
+
+    def units_left(self, trial_id: str) -> int:
+        """Units that the trial has still before it."""
+        _, done, total = self.ask(lambda: self._hopper.progress(trial_id))
+        return total - done
+
     def state(self, trial_id: str) -> Any:
         """A copy of the state that the trial's last unit committed, as a tree; in `Tuner.on_end` at the latest."""
         return self._commands.ask(lambda: self._state(trial_id))
+
+    def wake(self) -> None:
+        """Make `turn` return, from any thread."""
+        self._workers.wake()
 
     def interrupt(self) -> None:
         """Give up at once, with the results so far; safe in a signal handler."""
@@ -145,26 +162,38 @@ class Run:
 
     def drive(self) -> Results:
         """Run until the search has ended and every trial with it; raise what makes the run impossible."""
-        self._commands.take_over()
-        self._progress.start(self.snapshot)
         try:
-            self._assemble()
-            self._carry_out_commands()
+            self.begin()
             while not self._over():
-                for start in self._hopper.dispatch():
-                    self._start(start)
-                self._progress.update()
-                self._inbox.extend(self._crew.wait())
-                while self._inbox:
-                    self._hear(self._inbox.popleft())
-                    self._raise_if(self._fatal)
-                    self._obey()
-                self._carry_out_commands()
+                self.turn()
             self._export_unended()
         finally:
             self.close()
-            self._progress.stop()
         return self.results()
+
+    def begin(self) -> None:
+        """Set the workers up; the calling thread is the loop from now on. For a host with a loop of its own."""
+        self._commands.take_over()
+        self._progress.start(self.snapshot)
+        self._shown = True
+        self._assemble()
+        self._carry_out_commands()
+
+    def turn(self, timeout_s: float | None = None) -> None:
+        """Start what can be started, then wait for what the workers say, or for the time to pass, and see to it."""
+        for start in self._hopper.dispatch():
+            self._start(start)
+        self._progress.update()
+        self._inbox.extend(self._crew.wait(timeout_s))
+        while self._inbox:
+            self._hear(self._inbox.popleft())
+            self._raise_if(self._fatal)
+            self._obey()
+        self._carry_out_commands()
+
+    def ask(self, call: Callable[[], T]) -> T:
+        """Have a call made on the loop's thread, and return its answer or raise its error; from any thread."""
+        return self._commands.ask(call)
 
     @property
     def units(self) -> int:
@@ -382,19 +411,22 @@ class Run:
 
     # Commands, on the loop's thread.
 
-    def _add(self, config: Config | None, source: str | None, recipe: Recipe | None = None) -> str:
+    def _add(
+        self, config: Config | None, source: str | None, recipe: Recipe | None = None, index: int | None = None
+    ) -> str:
         parent = None if source is None else self._page(source)
         brought = None if recipe is None else self._book.bring(recipe)
         if parent is not None:
             config, brought = parent.config if config is None else config, parent.brought
-        page = self._book.new_page(config, brought)
+        page = self._book.new_page(config, brought, index)
         trial = page.trial
         if parent is None:
             self._apply(TrialAdded(trial))
         else:
-            if not parent.units:
+            if not parent.units or not self._store.holds(parent.trial.id):
                 raise ConfigurationError(
-                    f"{source} has no unit behind it, so there is nothing to clone: add a trial with its config."
+                    f"{source} has no state to go on from (no unit is behind it, or it has ended): add a trial with "
+                    "its config."
                 )
             self._apply(TrialCloned(trial, parent.trial.id))
             page.inherited = parent.units
@@ -458,3 +490,5 @@ class Run:
         self._store.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")
+        if self._shown:
+            self._progress.stop()

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Decide = Callable[[str, Report], Decision | None]
 """Answers a report of (trial id, report), as a `Tuner` does."""
 
+TakeState = Callable[[Any], None]
+"""Called with the state that a trial has at its end, as a tree."""
+
 
 @dataclass
 class Caller:
@@ -37,7 +40,7 @@ class Caller:
     """
 
     decide: Decide
-    take_state: Callable[[Any], None] | None = None
+    take_state: TakeState | None = None
     result: Future[TrialResult] = field(default_factory=Future)
 
 

@@ -164,6 +164,10 @@ class StateStore:
         assert image.buffer is not None, "an image is in a buffer or in a file"
         return Mapped.open(image.buffer.ref, populate=False)
 
+    def holds(self, trial: str) -> bool:
+        """Whether there is a committed state of the trial."""
+        return trial in self._slots and self._slots[trial].committed is not None
+
     def digest_of(self, trial: str) -> str:
         """The digest of the committed state."""
         return self._committed(trial).digest

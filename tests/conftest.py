@@ -22,29 +22,56 @@ settings.register_profile("soak", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("default")
 
 
-def _held() -> dict[str, set[str]]:
-    """Processes, threads, descriptors of pipes, sockets and memory files, and mappings of state buffers."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with Ray come last: once it runs, processes and sockets of its own come and go until the session ends."""
+    items.sort(key=lambda item: "ray_session" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests that ask for it; its workers can import the test modules."""
+    import ray
+
+    ray.init(
+        num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def _held(beside_ray: bool) -> dict[str, set[str]]:
+    """Processes, threads, descriptors of pipes, sockets and memory files, and mappings of state buffers.
+
+    Beside a running Ray without its workers and without sockets: it opens and closes its own at any time.
+    """
+    kinds = ("pipe:", "/memfd:") if beside_ray else ("pipe:", "socket:", "/memfd:", "anon_inode:")
     descriptors = set()
     for number in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{number}")
         except FileNotFoundError:
             continue
-        if target.startswith(("pipe:", "socket:", "/memfd:", "anon_inode:")):
+        if target.startswith(kinds):
             descriptors.add(f"{number} -> {target}")
     mappings = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line}
-    children = {f"{child.pid} {child.name()}" for child in psutil.Process().children(recursive=True)}
+    children = {
+        f"{child.pid} {child.name()}"
+        for child in psutil.Process().children(recursive=True)
+        if not (beside_ray and "raylet" in {parent.name() for parent in child.parents()})
+    }
     threads = {thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio")}
     return {"processes": children, "threads": threads, "descriptors": descriptors, "mappings": mappings}
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing() -> Iterator[None]:
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test after which a process, thread, descriptor or shared memory is left that was not there before."""
-    before = _held()
+    beside_ray = "ray_session" in request.fixturenames
+    before = _held(beside_ray)
     yield
     gc.collect()
-    left = {kind: sorted(things - before[kind]) for kind, things in _held().items()}
+    left = {kind: sorted(things - before[kind]) for kind, things in _held(beside_ray).items()}
     assert not any(left.values()), (
         f"the test left behind: { {kind: things for kind, things in left.items() if things} }"
     )

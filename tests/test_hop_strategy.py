@@ -30,7 +30,7 @@ from cerebro_tune.errors import (
     TrialFailedError,
     UnknownMetricError,
 )
-from cerebro_tune.seat import seated
+from cerebro_tune.seat import Seat, seated
 from cerebro_tune_lightning import HopStrategy, ReseedCallback
 from runs import outliving
 from test_lightning_parity import assert_equal
@@ -395,7 +395,7 @@ def test_fits_in_threads_advance_side_by_side(tmp_path: Path) -> None:
         assert torch.load(path, weights_only=True)["hyper_parameters"]["lr"] == module_rate
 
 
-class Asked:
+class Asked(Seat):
     """A tuner's seat that answers reports by a script, and notes what it was asked and told."""
 
     metric, mode = "val_loss", "min"

@@ -66,7 +66,10 @@ class Fit:
 
 
 class FitRecipe(Recipe):
-    """Trains what the config brings under `fit`: the trials of one run may be modules of different classes."""
+    """Trains what the config brings under `fit`: the trials of one run may be modules of different classes.
+
+    Under `given` it may bring the config that the module was made with, so that a change of it takes effect.
+    """
 
     name, suffix = "fit", ".ckpt"
 
@@ -83,7 +86,10 @@ class FitRecipe(Recipe):
                 fit: Fit = config["fit"]
                 kwargs = cloudpickle.loads(fit.trainer_kwargs)
                 self._recipe = LightningTrainable(lambda _: cloudpickle.loads(fit.module), trainer_kwargs=kwargs)
-                super().start({}, replace(plan, accumulate=self._recipe.accumulate))
+                super().start(config.get("given", {}), replace(plan, accumulate=self._recipe.accumulate))
+
+            def change_config(self, old: Config, new: Config) -> None:
+                super().change_config(old.get("given", {}), new.get("given", {}))
 
         return FitTrial()
 

@@ -82,8 +82,12 @@ class HopFit:
         fit = self._fit(log)
         config = {"fit": fit, "epochs": epochs, "batch_size": batch_size}
         states: list[dict[str, Any]] = []
-        caller = Caller(TrainAll().on_report if seat is None else seat.decide, states.append)
-        result = executor.train_one(FitRecipe(), config, caller=caller, metric=self._metric, mode=self._mode)
+        measured: dict[str, Any] = {"metric": self._metric, "mode": self._mode}
+        if seat is None:
+            caller = Caller(TrainAll().on_report, states.append)
+            result = executor.train_one(FitRecipe(), config, caller=caller, **measured)
+        else:
+            result = seat.train(FitRecipe(), config, states.append, **measured)
         fit.release()
         self.result = result = replace(result, config={**result.config, "fit": fit.name})
         if result.error is not None:

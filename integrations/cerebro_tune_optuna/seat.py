@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from cerebro_tune.errors import ConfigurationError, NonFiniteLossError, TrialFailedError, UnknownMetricError
 from cerebro_tune.executor import Cerebro
 from cerebro_tune.results import TrialResult
+from cerebro_tune.seat import Seat
 from cerebro_tune.settings import Report
 from cerebro_tune.sharedrun import Caller
 from cerebro_tune.units import Decision
@@ -37,7 +38,7 @@ class Outcome:
     reason: str = ""
 
 
-class TrialSeat:
+class TrialSeat(Seat):
     """The seat of an Optuna trial, see `cerebro_tune.seat`.
 
     `metric` is the name of what the study optimizes, or a list of them for one that has several objectives. Those are
