@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import tempfile
@@ -30,6 +31,7 @@ from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialS
 
 from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
 from cerebro_tune.seat import current
+from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.record import FOLDER, Record, Standing
@@ -43,6 +45,7 @@ from cerebro_tune_ray.versions import TESTED, check
 _TICK_S = 0.2
 """How often Ray gets to look at its clock, for time budgets, interrupts and progress."""
 
+_STORAGE_LOG = "ray.train._internal.storage"
 _MARK = "_cerebro_calls"
 """An attribute of the searcher: how many calls had been noted when its state was written."""
 
@@ -244,7 +247,7 @@ class HopController(TuneController):
         stop = self._trials[0].stopping_criterion or self._stopper
         told = horizon_warning(self._told.scheduler.scheduler, stop, shards=shards, report_every=report_every)
         if told is not None:
-            warnings.warn(told, stacklevel=2)
+            warn_user(told)
 
     def reported(self, trial: Trial, result: Result) -> None:
         """A trial reports: Ray decides, and may start others at once."""
@@ -270,7 +273,7 @@ class HopController(TuneController):
 
     def _write_checkpoint(self, trial: Trial) -> None:
         """Write the trial's state as Ray writes what an actor saves, and tell whoever wants to know."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _hushed(_STORAGE_LOG):
             self._riders.export(trial, Path(folder))
             trial.storage._update_checkpoint_index(trial.last_result)
             kept = trial.storage.persist_current_checkpoint(Checkpoint.from_directory(folder))
@@ -291,6 +294,18 @@ def _check_scheduler(scheduler: TrialScheduler) -> None:
             f"{type(scheduler).__name__} of Ray {ray.__version__} keeps no {', '.join(unknown)}, which is read to find "
             f'its rungs; this package works with {TESTED}: pip install "ray[tune]=={TESTED}.*".'
         )
+
+
+@contextmanager
+def _hushed(name: str) -> Iterator[None]:
+    """Without what a logger tells: here, that a checkpoint was created, which an actor would tell of itself alone."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _innermost(search_alg: Any) -> Any:

@@ -204,8 +204,6 @@ class FunctionRiders(Riders):
             if self._run is None:
                 self._begin(recipe, metric=metric, mode=mode)
             begin, call.begin = call.begin, None
-            if rider.index is None:
-                rider.index = self.next_index()
             if begin is None:
                 hop = self.run.add(config, index=rider.index)
             elif begin.hop is not None:
@@ -288,6 +286,8 @@ class FunctionRiders(Riders):
         begin = snapshot or self._good.pop(trial.trial_id, None)
         if begin is None and rider.back is not None:
             begin, rider.back = Snapshot.of(rider.back), None
+        if rider.index is None:
+            rider.index = self.next_index()
         call = Call(self, trial, begin)
         self._calls[trial.trial_id] = call
         self._threads = [*(thread for thread in self._threads if thread.is_alive()), call.thread]
