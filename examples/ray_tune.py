@@ -72,7 +72,7 @@ def train(config):
 
 
 def search(trainable, samples):
-    """The lengths are in units, and `cerebro.units` says how many of them an epoch has: the first rung is at half one."""
+    """Lengths are in units, of which `cerebro.units` says how many an epoch has: the first rung is at half of one."""
     scheduler = ASHAScheduler(
         max_t=cerebro.units(EPOCHS), grace_period=cerebro.units(0.5), reduction_factor=2, brackets=1
     )

@@ -20,7 +20,8 @@ from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.classes import ClassRecipe, ClassRiders, Nothing
 from cerebro_tune_ray.controller import hopping
 from cerebro_tune_ray.functions import FunctionRiders
-from cerebro_tune_ray.riders import Controller, Riders
+from cerebro_tune_ray.rider import Controller
+from cerebro_tune_ray.riders import Riders
 
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro

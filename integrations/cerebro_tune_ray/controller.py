@@ -37,9 +37,11 @@ from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.record import FOLDER, Record, Standing
 from cerebro_tune_ray.recorded import Recorded
 from cerebro_tune_ray.restoring import latest, rehearse, tell_searcher
-from cerebro_tune_ray.riders import Result, Riders, Snapshot
+from cerebro_tune_ray.rider import Result
+from cerebro_tune_ray.riders import Riders
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
 from cerebro_tune_ray.score import Judged
+from cerebro_tune_ray.snapshot import Snapshot
 from cerebro_tune_ray.versions import TESTED, check
 
 _TICK_S = 0.2
@@ -158,14 +160,15 @@ class HopController(TuneController):
         while self._resuming:
             self._start(self._resuming.pop(0))
         while len(self._running_trials) < self._riders.executor.live_trials:
+            self._maybe_update_trial_queue()  # before a scheduler is asked, which may think that nobody is left
             trial = self._next_to_run()
-            if trial is not None:
-                self._start(trial)
-                continue
-            known = len(self._trials)
-            self._maybe_update_trial_queue()
-            if len(self._trials) == known:
+            if trial is None:
                 break
+            self._start(trial)
+        if not self._running_trials and not self._pending_trials and self._search_alg.is_finished():
+            # A scheduler that waits for a trial which an error or a stop condition has ended would wait for ever.
+            for trial in list(self._paused_trials):
+                self.stop_trial(trial)
         if self._search_alg.is_finished() and not self._pending_trials:
             self._riders.end_search()
         if not self._snapshots and self._running_trials:
@@ -252,7 +255,6 @@ class HopController(TuneController):
     def reported(self, trial: Trial, result: Result) -> None:
         """A trial reports: Ray decides, and may start others at once."""
         self._on_training_result(trial, result)
-        self._maybe_update_trial_queue()
         self._maybe_add_actors()
 
     def failed(self, trial: Trial, error: str) -> None:
@@ -262,7 +264,9 @@ class HopController(TuneController):
 
     def diverged(self, trial: Trial, result: Result) -> None:
         """A trial's loss is no number any more: to Ray it is done, with no score, and no error that ends the search."""
-        lost = {name: math.nan for name in (self._metric, "train_loss") if name is not None}
+        measured = [self._metric, self._told.metric, self._search_alg.metric]  # the last may be a list
+        names = {name for each in measured if each for name in ([each] if isinstance(each, str) else each)}
+        lost = dict.fromkeys((*names, "train_loss"), math.nan)
         self._on_training_result(trial, result | lost | {"done": True})
 
     def ended(self, trial: Trial) -> None:

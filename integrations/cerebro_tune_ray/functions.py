@@ -28,7 +28,9 @@ from cerebro_tune.seat import Seat, seated
 from cerebro_tune.sharedrun import TakeState
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
-from cerebro_tune_ray.riders import Controller, Result, Rider, Riders, Snapshot, filled
+from cerebro_tune_ray.rider import Controller, Result, Rider, filled
+from cerebro_tune_ray.riders import Riders
+from cerebro_tune_ray.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro

@@ -21,7 +21,7 @@ from cerebro_tune.errors import CerebroError
 from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.record import Call, Record, Standing
 from cerebro_tune_ray.recorded import Recorded, set_generators
-from cerebro_tune_ray.riders import Snapshot
+from cerebro_tune_ray.snapshot import Snapshot
 
 
 class Rehearsal:
