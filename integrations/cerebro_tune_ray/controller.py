@@ -175,6 +175,11 @@ class HopController(TuneController):
             self._snapshots = True
             self.checkpoint(force=True, wait=True)  # whoever dies from here on can be restored
 
+    def add_trial(self, trial: Trial) -> None:
+        """Ray's own, with the trial's folder, which progress reporters look into and an actor would make."""
+        trial.init_local_path()
+        super().add_trial(trial)
+
     def _next_to_run(self) -> Trial | None:
         chosen = self._scheduler_alg.choose_trial_to_run(self._wrapped())
         if chosen is not None and chosen.status in (Trial.PENDING, Trial.PAUSED):
@@ -186,7 +191,6 @@ class HopController(TuneController):
 
     def _start(self, trial: Trial) -> None:
         self._set_trial_status(trial, Trial.PENDING)
-        trial.init_local_path()
         self._callbacks.on_trial_start(iteration=self._iteration, trials=self._trials, trial=trial)
         self._set_trial_status(trial, Trial.RUNNING)
         self._live_trials.add(trial)
