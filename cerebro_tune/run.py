@@ -10,9 +10,10 @@ short methods needs several of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cerebro_tune import state
@@ -27,6 +28,7 @@ from cerebro_tune.events import (
     TrialAdded,
     TrialCloned,
     TrialDecided,
+    TrialRestored,
     UnitFailed,
     UnitFinished,
     WorkerJoined,
@@ -107,6 +109,18 @@ class Run:
     def clone(self, trial_id: str, config: Config | None = None, index: int | None = None) -> str:
         """Add a trial that goes on from another's last committed unit, with a changed config if given."""
         return self._commands.ask(lambda: self._add(config, trial_id, index=index))
+
+    def restore(self, config: Config, path: Path, units: int, visited: Iterable[int], index: int) -> str:
+        """Add a trial that goes on, paused, from a state that `save` has written: with what `progress` was then."""
+        return self._commands.ask(lambda: self._restore(config, path, units, frozenset(visited), index))
+
+    def save(self, trial_id: str, path: Path) -> None:
+        """Write the state that the trial's last unit committed, so that it outlives this process."""
+        self._commands.ask(lambda: self._store.save(self._page(trial_id).trial.id, path, durable=False))
+
+    def progress(self, trial_id: str) -> tuple[int, list[int]]:
+        """Units committed, and the shards visited in the epoch that the trial is in."""
+        return self._commands.ask(lambda: (self._hopper.progress(trial_id)[1], sorted(self._hopper.visited(trial_id))))
 
     def decide(self, trial_id: str, decision: Decision) -> None:
         """Answer a report of the trial. What was asked out of turn meanwhile is joined with it: the firmer wins."""
@@ -435,6 +449,15 @@ class Run:
             page.trained_under = before if before != page.shipped else None
         self._book.add(page)
         return trial.id
+
+    def _restore(self, config: Config, path: Path, units: int, visited: frozenset[int], index: int) -> str:
+        page = self._book.new_page(config, None, index)
+        self._apply(TrialRestored(page.trial, units, visited))
+        page.inherited = units
+        self._store.restore(page.trial.id, path)
+        self._book.add(page)
+        self._decide(page.trial.id, Decision.PAUSE)
+        return page.trial.id
 
     def _state(self, trial_id: str) -> Any:
         mapped = self._store.mapped(self._page(trial_id).trial.id)

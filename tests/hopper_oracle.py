@@ -5,7 +5,16 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 
-from cerebro_tune.events import Event, TrialAdded, TrialCloned, UnitFailed, UnitFinished, WorkerJoined, WorkerLost
+from cerebro_tune.events import (
+    Event,
+    TrialAdded,
+    TrialCloned,
+    TrialRestored,
+    UnitFailed,
+    UnitFinished,
+    WorkerJoined,
+    WorkerLost,
+)
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
 from cerebro_tune.policy import AutoPolicy, Board, Choice, Ready, Regime
@@ -62,6 +71,10 @@ class Ledger:
             case TrialCloned(trial, source):
                 past = self.accounts[source]
                 self.accounts[trial.id] = Account(trial, past.trained[:committed], worker=past.worker)
+            case TrialRestored(trial, units, visited):
+                whole = [Unit(trial.id, number // self.shards, number % self.shards) for number in range(units)]
+                latest = [Unit(trial.id, units // self.shards, shard) for shard in visited]
+                self.accounts[trial.id] = Account(trial, whole[: units - len(visited)] + latest)
             case WorkerJoined(worker, shards):
                 self.holdings[worker] = shards
             case WorkerLost(worker):
