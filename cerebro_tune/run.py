@@ -314,6 +314,7 @@ class Run:
             committed=committed,
             committed_bytes=committed_bytes,
             working=working,
+            digest="" if committed is None else self._store.digest_of(unit.trial),
             trained_under=page.trained_under,
             export=self._book.export(unit, epoch_done, done + 1 == total),
         )

@@ -225,13 +225,12 @@ class UnitRunner:
         return used, state.digest(buffer, used)
 
     def _export(self, export: Export, tree: Any, metrics: dict[str, float]) -> bool:
-        """Write the one checkpoint that is due: the best, which also serves as the last, or the last."""
-        better = export.best_path is not None and improves(export.metric, export.mode, metrics, export.best_so_far)
-        path = export.best_path if better else export.last_path
+        """Write the one checkpoint that is due, if one is; return whether it is the best."""
+        path, best = export.place(metrics)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._recipe.export(tree, path)
-        return better
+        return best
 
     def _synchronize(self) -> None:
         """Wait for the device, so that training is not accounted as hopping."""
@@ -258,16 +257,6 @@ def run_task(runner: UnitRunner, task: Task) -> Message:
         return runner.run(task)
     except (Exception, SystemExit):  # noqa: BLE001  # the traceback becomes the trial's error
         return Raised(runner.worker, task.job, task.unit, traceback.format_exc())
-
-
-def improves(metric: str | None, mode: str, metrics: dict[str, float], best: float | None) -> bool:
-    """Whether a report is better than the best so far; without a metric the latest always is, NaN never."""
-    if metric is None:
-        return True
-    value = metrics.get(metric, math.nan)
-    if math.isnan(value):
-        return False
-    return best is None or (value < best if mode == "min" else value > best)
 
 
 def _place(task: Task) -> tuple[int, int]:
