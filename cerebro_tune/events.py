@@ -39,6 +39,13 @@ class WorkerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStayedAway:
+    """A worker that was lost has not come back, and may never: the others do its part until it joins again."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
 class UnitFinished:
     """A worker trained one unit of its job to the end, in `elapsed_s` seconds."""
 
@@ -70,5 +77,13 @@ class SearchEnded:
 
 
 Event: TypeAlias = (
-    TrialAdded | TrialCloned | WorkerJoined | WorkerLost | UnitFinished | UnitFailed | TrialDecided | SearchEnded
+    TrialAdded
+    | TrialCloned
+    | WorkerJoined
+    | WorkerLost
+    | WorkerStayedAway
+    | UnitFinished
+    | UnitFailed
+    | TrialDecided
+    | SearchEnded
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import time
@@ -59,13 +59,11 @@ class Cerebro:
             unless that is False. `batch_sampler` is called as torch's BatchSampler, (rows, batch_size, drop_last), for
             each shard. `last_batch`: "spread" (near-equal batches), "keep" (a short last one) or "drop". `transform` is
             called with each batch. `on_row_error`: "raise" or "skip". Of tables: `columns`, `as_dict`.
-        workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU; with backend "ray"
-            for as many as fit into the Ray that is running.
+        workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU; on a Ray that
+            runs, as many as fit.
         devices: "auto", or torch devices: "cpu", "cuda", ["cuda:0", "cuda:1"].
-        backend: "local" (a process per worker), "inline" (this process: for debugging) or "ray" (an actor per worker, on
-            the cluster that Ray is connected to or connects to by itself).
-        resources_per_worker: With backend "ray", what each worker has of the cluster; None for {"CPU": 1}. One with a
-            share of a GPU computes there, and torch uses as many threads as there are CPUs.
+        backend: "local" (a process per worker), "inline" (this process: for debugging) or "ray" (on a Ray cluster).
+        resources_per_worker: Of backend "ray"; None for {"CPU": 1}. With a share of a GPU a worker computes there.
         placement: "shared": every worker holds every shard; "pinned": shard i belongs to worker i mod n, so that every
             unit hops; "auto": shared on one machine, since all its workers map the same files, and pinned on several.
         live_trials: How many trials train side by side; None is twice the workers.
@@ -112,10 +110,8 @@ class Cerebro:
         trace: bool = False,
     ) -> None:
         per_device = at_least(1, workers_per_device=workers_per_device)
-        kind = backend_of(backend)
-        self.devices, self._threads = kind.seats(workers, devices, per_device, resources_per_worker)
+        self.devices, self._make_workers = backend_of(backend).plan(workers, devices, per_device, resources_per_worker)
         self.backend = backend
-        self._resources = resources_per_worker
         self.seed, self.trace = at_least(0, seed=seed), trace
         self._num_shards = None if num_shards is None else at_least(1, num_shards=num_shards)
         self._loader = check_keys(loader or {})
@@ -302,7 +298,7 @@ class Cerebro:
             self.close()
         self.start()
         assert self._workers is not None, "started"
-        settings = self._settings(recipe, metric, mode)
+        settings = self._settings(self._workers, recipe, metric, mode)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
         run = Run(self._workers, store, recipe, settings, tuner, make_progress(self._progress))
         self._current = self._grower.run = run
@@ -321,9 +317,7 @@ class Cerebro:
     def start(self) -> None:
         """Start the workers, unless they are up."""
         if self._workers is None:
-            make: Callable[..., Workers] = backend_of(self.backend)
-            options = {} if self._resources is None else {"resources": self._resources}
-            self._workers = make(self.devices, self._threads, **options)
+            self._workers = self._make_workers()
             self._started_s = time()
             # Not a bound method of this object: an executor that nobody has any more ends its workers.
             self._end_workers = weakref.finalize(self, self._workers.close)
@@ -363,14 +357,7 @@ class Cerebro:
             with suppress(OSError):  # it has something in it after all
                 run.settings.run_dir.rmdir()
 
-    @property
-    def _pinned(self) -> bool:
-        if self.placement != "auto":
-            return self.placement == "pinned"
-        assert self._workers is not None, "started"
-        return self._workers.apart and len(self.devices) <= self.train.num_shards
-
-    def _settings(self, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
+    def _settings(self, workers: Workers, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
         spec = RunSpec(
             recipe=ship(recipe, f"{recipe.name}"),
             data=ship(self._given.for_run(recipe.loader), "The data set, or the loader's transform or collate_fn,"),
@@ -388,7 +375,7 @@ class Cerebro:
             policy=self.policy,
             live_trials=self.live_trials,
             max_failures=self.max_failures,
-            pinned=self._pinned,
+            pinned=workers.pinned(self.placement, self.train.num_shards),
             keep=self.keep,
             metric=metric,
             mode=mode,

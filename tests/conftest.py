@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,19 +27,38 @@ settings.load_profile("default")
 
 
 def _held() -> dict[str, set[str]]:
-    """Processes, threads, descriptors of pipes, sockets and memory files, and mappings of state buffers."""
+    """Processes, threads, descriptors of pipes, sockets and memory files, and mappings of state buffers.
+
+    While Ray runs, sockets come and go as it likes.
+    """
+    kinds = ("pipe:", "/memfd:") + (() if _ray_runs() else ("socket:", "anon_inode:"))
     descriptors = set()
     for number in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{number}")
         except FileNotFoundError:
             continue
-        if target.startswith(("pipe:", "socket:", "/memfd:", "anon_inode:")):
+        if target.startswith(kinds):
             descriptors.add(f"{number} -> {target}")
     mappings = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line}
-    children = {f"{child.pid} {child.name()}" for child in psutil.Process().children(recursive=True)}
     threads = {thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio")}
-    return {"processes": children, "threads": threads, "descriptors": descriptors, "mappings": mappings}
+    return {"processes": _processes(), "threads": threads, "descriptors": descriptors, "mappings": mappings}
+
+
+def _processes() -> set[str]:
+    """All children; of those of a Ray node, which keeps spare ones, only workers of ours and their actors."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            name, told = child.name(), " ".join(child.cmdline())
+            spare = any(parent.name() == "raylet" for parent in child.parents())
+            if not spare or "ray::Post" in told or "cerebro_tune.workers" in told:
+                found.add(f"{child.pid} {name}")
+    return found
+
+
+def _ray_runs() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +67,42 @@ def leaves_nothing() -> Iterator[None]:
     before = _held()
     yield
     gc.collect()
+    if _ray_runs():
+        _await(lambda: _processes() <= before["processes"])  # Ray ends actors in its own time
     left = {kind: sorted(things - before[kind]) for kind, things in _held().items()}
     assert not any(left.values()), (
         f"the test left behind: { {kind: things for kind, things in left.items() if things} }"
     )
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    """Wait a while for what takes its time."""
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """A Ray of one node with two CPUs, for all tests that want one; they may add nodes, and remove them.
+
+    In a folder of its own, so that it is nobody else's "running cluster", and quick to see that a node is dead.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    impatient = {
+        "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 5000,
+        "health_check_failure_threshold": 3,
+    }  # fmt: skip
+    with TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        head = {"num_cpus": 2, "include_dashboard": False, "_system_config": impatient}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(address=cluster.address, logging_level="warning")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def points(rows: int, seed: int = 0) -> pa.Table:

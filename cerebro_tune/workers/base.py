@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -35,26 +36,30 @@ class Workers(ABC):
         self.devices, self.threads = tuple(devices), threads
 
     @classmethod
-    def seats(
+    def plan(
         cls,
         workers: int | None,
         devices: str | Sequence[str],
         per_device: int,
         resources: Mapping[str, float] | None,
-    ) -> tuple[tuple[str, ...], int]:
-        """The device of each worker, and the threads of all, as the arguments of `Cerebro` want it."""
+    ) -> tuple[tuple[str, ...], Callable[[], Workers]]:
+        """The device of each worker, and what makes the workers, as the arguments of `Cerebro` want it."""
         if resources is not None:
             raise ConfigurationError(
-                f"resources_per_worker is {dict(resources)!r}, and only backend=\"ray\" takes it: the workers of other "
+                f'resources_per_worker is {dict(resources)!r}, and only backend="ray" takes it: the workers of other '
                 "backends are placed by workers, devices and workers_per_device."
             )
         found = devices_of(workers, devices, per_device)
-        return found, max(1, len(cores()) // len(found))
+        return found, partial(cls, found, max(1, len(cores()) // len(found)))
 
     @property
     def apart(self) -> bool:
-        """Whether the workers, which are up, are on several machines: a shard is then best kept where it is."""
+        """Whether the workers, which are started, are on several machines."""
         return False
+
+    def pinned(self, placement: str, shards: int) -> bool:
+        """Whether each shard is to stay with one worker: "auto" is so where a machine would fetch what another has."""
+        return placement == "pinned" or (placement == "auto" and self.apart and len(self.ids) <= shards)
 
     def device(self, worker: WorkerId) -> str:
         """Where a worker computes."""

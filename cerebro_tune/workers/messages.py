@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,11 @@ class Spans:
     def compute_s(self) -> float:
         """Seconds of training."""
         return self.trained - self.loaded - self.validation_s
+
+    def ended_at(self, moment: float, sent: float) -> Spans:
+        """The same by another machine's clock, on which the task was sent and the unit had come to its end there."""
+        ahead = moment - self.ended
+        return replace(self, began=sent, loaded=self.loaded + ahead, trained=self.trained + ahead, ended=moment)
 
 
 @dataclass(frozen=True, slots=True)

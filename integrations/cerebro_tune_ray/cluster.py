@@ -66,8 +66,9 @@ class Cluster:
             for place in places:
                 self.give_back(place)
             raise WorkerError(
-                f"{count} workers of {self._needed} each were asked for, and not to be had within {_PATIENCE_S:.0f} s: of "
-                f"{_shown(ray.cluster_resources())} others hold all but {_shown(ray.available_resources())}."
+                f"{count} workers of {self._needed} each were asked for, and could not be had within "
+                f"{_PATIENCE_S:.0f} s: of {_shown(ray.cluster_resources())} others hold all but "
+                f"{_shown(ray.available_resources())}."
             )
         return places
 
@@ -77,7 +78,8 @@ class Cluster:
         Each worker has a group of its own: that of a node that has died is tried again, without a pause, until there is
         room, which keeps a core busy; one that is given back and asked for anew is tried now and then.
         """
-        return placement_group([self._needed], strategy="SPREAD")
+        place: PlacementGroup = placement_group([self._needed], strategy="SPREAD")
+        return place
 
     def give_back(self, place: PlacementGroup) -> None:
         """Free a place, and end what is in it."""

@@ -1,14 +1,15 @@
 """The actor of a worker: it starts the worker as a process of its node, hands orders in and what is said out.
 
-That the worker is a process of its own, and not this one, has three reasons: user code runs on a main thread, and may fork
-loaders without Ray's threads in them; how it died is seen here; and it is the same worker as that of backend "local".
+That the worker is a process of its own, and not this one, has three reasons: user code runs on a main thread, and may
+fork loaders without Ray's threads in them; how it died is seen here; and it is the same worker as of backend "local".
 
-States come and go as arrays, which Ray's object store carries; here they live in a store like the coordinator's. A state
-that a unit left stays until the coordinator says that it is stale, so that it need not come again for the next unit.
+States come and go as arrays, which Ray's object store carries; here they live in a store like the coordinator's. A
+state that a unit left stays until the coordinator calls it stale, so that it need not come again for the next unit.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
 import tempfile
 from collections import deque
@@ -40,7 +41,6 @@ from cerebro_tune.workers.messages import (
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"listening": 1})
 class Post:
     """One worker. `listen` does all the work, on a thread of its own; the orders that come meanwhile wake it.
 
@@ -116,7 +116,7 @@ class Post:
     def _attachment(self, message: Message) -> Any:
         match message:
             case Joined():
-                return ray.util.get_node_ip_address()
+                return socket.gethostname()
             case Finished():
                 trial, used = message.unit.trial, message.used
                 written = self._store.grow(trial, used)  # large enough: the unit has written there
@@ -144,3 +144,7 @@ class Post:
         self._workers.close()
         self._buffers.close()
         self._store.close()
+
+
+_OPTIONS: dict[str, Any] = {"max_restarts": 0, "concurrency_groups": {"listening": 1}}
+PostActor: Any = ray.remote(**_OPTIONS)(Post)

@@ -14,9 +14,9 @@ import selectors
 import sys
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Lock, Thread
 from time import monotonic
 from typing import Any
@@ -52,7 +52,7 @@ from cerebro_tune.workers.messages import (
 )
 from cerebro_tune_ray.cluster import Cluster, Resources, checked, node_of, room
 from cerebro_tune_ray.copies import Copies
-from cerebro_tune_ray.post import Bytes, Post
+from cerebro_tune_ray.post import Bytes, PostActor
 
 _LATE_S = 10.0
 """How long a worker may take to come up before the others are not to wait for it."""
@@ -96,19 +96,21 @@ class RayWorkers(Workers):
         self._spec: tuple[RunSpec | None, Any] = (None, None)
 
     @classmethod
-    def seats(
-        cls, workers: int | None, devices: str | Sequence[str], per_device: int, resources: Mapping[str, float] | None
-    ) -> tuple[tuple[str, ...], int]:  # noqa: D102
+    def plan(
+        cls, workers: int | None, devices: str | Sequence[str], per_device: int, resources: Resources | None
+    ) -> tuple[tuple[str, ...], Callable[[], Workers]]:
+        """As many workers as there is room for, if it is not said how many."""
         needed = checked(resources)
         if devices != "auto" or per_device != 1:
             raise ConfigurationError(
-                f"devices={devices!r}, workers_per_device={per_device}: with backend=\"ray\" it is the resources that say "
-                'where a worker computes, resources_per_worker={"GPU": 1}, or {"GPU": 0.5} for two to a device.'
+                f'devices={devices!r}, workers_per_device={per_device}: with backend="ray" the resources say where a '
+                'worker computes, as in resources_per_worker={"GPU": 1}, or {"GPU": 0.5} for two to a device.'
             )
         if workers is None:
             workers = room(needed) if ray.is_initialized() else len(devices_of(None, "auto", 1))
         kind = "cuda:0" if needed.get("GPU") else "cpu"  # Ray shows each actor its own devices only
-        return (kind,) * at_least(1, workers=workers), max(1, int(needed.get("CPU", 0)))
+        seats = (kind,) * at_least(1, workers=workers)
+        return seats, partial(cls, seats, max(1, int(needed.get("CPU", 0))), resources=needed)
 
     @property
     def apart(self) -> bool:  # noqa: D102
@@ -196,7 +198,7 @@ class RayWorkers(Workers):
             "resources": {name: amount for name, amount in self._resources.items() if name not in ("CPU", "GPU")},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=0),
         }
-        post = Post.options(**options).remote(worker.number, self.device(worker), self.threads, sys.path)
+        post = PostActor.options(**options).remote(worker.number, self.device(worker), self.threads, sys.path)
         seat = self._seats[worker] = _Seat(worker, place, post, post.listen.remote())
         self._listeners = [thread for thread in self._listeners if thread.is_alive()]
         self._listeners.append(Thread(target=self._listen, args=(seat,), name=f"cerebro-{worker}", daemon=True))
@@ -284,8 +286,8 @@ class RayWorkers(Workers):
                 seat.node = attached
             case Ready() if message.error is not None:
                 message.error.add_note(
-                    f"{seat.worker} is on the node {seat.node}. Each node must have the data at the same path; a set at a "
-                    "URI is fetched by each into its cache."
+                    f"{seat.worker} is on the node {seat.node}. Each node must have the data at the same path, or be able "
+                    "to fetch it from a URI."
                 )
             case Finished():
                 return self._finished(seat, message, attached)
@@ -300,12 +302,8 @@ class RayWorkers(Workers):
             return Raised(finished.worker, finished.job, finished.unit, str(error))
         np.frombuffer(self._buffers.open(working).memory, np.uint8)[: finished.used] = array
         seat.copies.add(trial, finished.digest, finished.used)
-        spans = finished.spans
         # Clocks of nodes differ: the unit has ended now by ours, and what is not the worker's time is the hop's.
-        ahead = monotonic() - spans.ended
-        spans = replace(
-            spans, began=seat.sent_s, loaded=spans.loaded + ahead, trained=spans.trained + ahead, ended=spans.ended + ahead
-        )
+        spans = finished.spans.ended_at(monotonic(), sent=seat.sent_s)
         return replace(finished, spans=spans)
 
 
