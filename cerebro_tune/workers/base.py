@@ -31,6 +31,9 @@ class Workers(ABC):
         first: Number of the first worker.
     """
 
+    apart = False
+    """Whether the workers, once started, are on several machines."""
+
     def __init__(self, devices: Sequence[str], threads: int, first: int = 0) -> None:
         self.ids = tuple(WorkerId(first + number) for number in range(len(devices)))
         self.devices, self.threads = tuple(devices), threads
@@ -51,11 +54,6 @@ class Workers(ABC):
             )
         found = devices_of(workers, devices, per_device)
         return found, partial(cls, found, max(1, len(cores()) // len(found)))
-
-    @property
-    def apart(self) -> bool:
-        """Whether the workers, which are started, are on several machines."""
-        return False
 
     def pinned(self, placement: str, shards: int) -> bool:
         """Whether each shard is to stay with one worker: "auto" is so where a machine would fetch what another has."""

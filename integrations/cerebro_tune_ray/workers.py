@@ -113,10 +113,6 @@ class RayWorkers(Workers):
         return seats, partial(cls, seats, max(1, int(needed.get("CPU", 0))), resources=needed)
 
     @property
-    def apart(self) -> bool:  # noqa: D102
-        return len({node_of(seat.place) for seat in self._seats.values()} - {""}) > 1
-
-    @property
     def nodes(self) -> dict[WorkerId, str]:
         """The address of each worker's node; "" for one that is not up."""
         return {worker: seat.node for worker, seat in self._seats.items()}
@@ -125,7 +121,9 @@ class RayWorkers(Workers):
         self._grow = grow
         self._pipe = WakePipe()
         self._cluster = Cluster(self._resources)
-        for worker, place in zip(self.ids, self._cluster.places(len(self.ids)), strict=True):
+        places = self._cluster.places(len(self.ids))
+        self.apart = len({node_of(place) for place in places}) > 1  # and so it stays, or runs would not repeat
+        for worker, place in zip(self.ids, places, strict=True):
             self._seat(worker, place)
 
     def restart(self, worker: WorkerId) -> None:  # noqa: D102
@@ -286,8 +284,8 @@ class RayWorkers(Workers):
                 seat.node = attached
             case Ready() if message.error is not None:
                 message.error.add_note(
-                    f"{seat.worker} is on the node {seat.node}. Each node must have the data at the same path, or be able "
-                    "to fetch it from a URI."
+                    f"{seat.worker} is on the node {seat.node}. Each node must have the data at the same path, or be "
+                    "able to fetch it from a URI."
                 )
             case Finished():
                 return self._finished(seat, message, attached)
