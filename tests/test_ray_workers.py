@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
+import torch
 
 from cerebro_tune import Cerebro, Decision, ShardedDataset, TrialResult
 from cerebro_tune.buffers import Mapped
@@ -23,8 +25,10 @@ from cerebro_tune.testing import WorkersContract
 from cerebro_tune.workers.base import Workers
 from cerebro_tune_ray.copies import Copies
 from cerebro_tune_ray.workers import RayWorkers
+from lightning_nets import Busy
 from nets import Deep, Linear, Unhurried
 from runs import CONFIGS, outcome
+from trees import same
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -172,3 +176,104 @@ def test_a_node_goes_and_a_node_comes(
         assert numbers(results) == numbers(expected)
         assert weights(results) == weights(expected)
     assert {worker for result in third for *_, worker in result.visits} == {"worker-0", "worker-1"}
+
+
+def test_lightning_on_ray_and_inline(options: dict[str, Any]) -> None:
+    with Cerebro(**options | {"policy": "fixed"}) as inline:
+        expected = inline.fit(Busy, CONFIGS[:2], metric="val_loss")
+    with Cerebro(**options | {"policy": "fixed", "backend": "ray"}) as cerebro:
+        found = cerebro.fit(Busy, CONFIGS[:2], metric="val_loss")
+    assert [result.status for result in found] == ["finished", "finished"], found[0].error
+    assert (places(found), numbers(found)) == (places(expected), numbers(expected))
+    for ours, theirs in zip(found, expected, strict=True):
+        for mine, its in ((ours.checkpoint, theirs.checkpoint), (ours.last_checkpoint, theirs.last_checkpoint)):
+            same(torch.load(str(mine), weights_only=True), torch.load(str(its), weights_only=True))
+
+
+def test_each_worker_fetches_its_shards_from_a_uri(options: dict[str, Any], tmp_path: Path) -> None:
+    there = Path(options["train"].path)
+    remote = ShardedDataset.open(there.as_uri(), cache_dir=tmp_path / "cache")
+    with Cerebro(**options | {"train": remote, "backend": "ray", "placement": "pinned"}) as cerebro:
+        results = cerebro.fit(Linear, CONFIGS, metric="val_loss")
+    assert [result.status for result in results] == ["finished"] * 3
+    fetched = {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("*.arrow")}
+    assert fetched == {path.name: path.read_bytes() for path in there.glob("*.arrow")}
+
+
+def test_data_that_a_node_does_not_have_is_told_with_the_node(options: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(options["train"].path, tmp_path / "here only")
+    with Cerebro(**options | {"train": tmp_path / "here only", "backend": "ray"}) as cerebro:
+        shutil.rmtree(tmp_path / "here only")
+        with pytest.raises(DataError, match="here only") as caught:
+            cerebro.fit(Linear, CONFIGS)
+    assert f"is on the node {socket.gethostname()}" in caught.value.__notes__[-1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"resources_per_worker": {"CPU": 1}, "backend": "local"}, 'only backend="ray" takes it'),
+        ({"resources_per_worker": {"CPU": "all"}}, "resources_per_worker has 'CPU': 'all'"),
+        ({"resources_per_worker": {"CPU": 0}}, "asks for nothing"),
+        ({"devices": "cuda"}, "devices='cuda', workers_per_device=1: with backend=\"ray\" the resources say"),
+        ({"workers_per_device": 2}, "workers_per_device=2"),
+        ({"workers": 99}, r"99 workers of \{'CPU': 1.0\} each .* has room for 2: CPU 2 on 1 node"),
+        ({"workers": 1, "resources_per_worker": {"TPU": 1}}, r"has room for 0: CPU 2"),
+    ],
+)
+def test_what_cannot_be_had_is_told_at_once(options: dict[str, Any], changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Cerebro(**options | {"backend": "ray"} | changed).start()
+
+
+def test_as_many_workers_as_there_is_room_for(options: dict[str, Any]) -> None:
+    asked = {"workers": None, "backend": "ray"}
+    assert Cerebro(**options | asked).devices == ("cpu", "cpu")
+    assert Cerebro(**options | asked | {"resources_per_worker": {"CPU": 0.5}}).devices == ("cpu",) * 4
+
+
+SCRIPT = """
+import nets, ray
+from cerebro_tune import Cerebro
+
+cerebro = Cerebro({train!r}, epochs=1000, workers=1, backend="ray", run_dir={runs!r})
+results = cerebro.fit(nets.Unhurried, [{{"lr": 0.1}}, {{"lr": 0.2}}], metric="train_loss")
+print("statuses", [result.status for result in results], [bool(result.last_checkpoint) for result in results])
+cerebro.close()
+print("Ray runs:", ray.is_initialized())
+"""
+
+
+@contextmanager
+def endless(address: str, train: ShardedDataset, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A search that would go on for hours, its units begun, on the Ray at this address ("local": its own)."""
+    script = SCRIPT.format(train=str(train.path), runs=str(tmp_path / "runs"))
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parent, env=os.environ | {"RAY_ADDRESS": address},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert any("epoch 1" in line for line in process.stdout)
+        yield process
+        process.kill()
+
+
+def test_ctrl_c_ends_with_the_results_so_far_and_ends_its_own_ray(train: ShardedDataset, tmp_path: Path) -> None:
+    with endless("local", train, tmp_path) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "statuses ['stopped', 'stopped'] [True, True]" in out
+    assert "Ray runs: False" in out
+    assert "Traceback" not in err
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+
+
+def test_a_killed_driver_leaves_nothing_on_the_cluster(ray_cluster: Any, train: ShardedDataset, tmp_path: Path) -> None:
+    with endless(ray_cluster.address, train, tmp_path) as process:
+        children = psutil.Process().children(recursive=True)
+        workers = [child for child in children if "cerebro_tune.workers.child" in " ".join(child.cmdline())]
+        assert len(workers) == 1
+        process.kill()
+        assert psutil.wait_procs(workers, timeout=20)[1] == []
