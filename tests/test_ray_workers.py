@@ -187,7 +187,7 @@ def test_lightning_on_ray_and_inline(options: dict[str, Any]) -> None:
     assert (places(found), numbers(found)) == (places(expected), numbers(expected))
     for ours, theirs in zip(found, expected, strict=True):
         for mine, its in ((ours.checkpoint, theirs.checkpoint), (ours.last_checkpoint, theirs.last_checkpoint)):
-            same(torch.load(str(mine), weights_only=True), torch.load(str(its), weights_only=True))
+            assert same(torch.load(str(mine), weights_only=True), torch.load(str(its), weights_only=True))
 
 
 def test_each_worker_fetches_its_shards_from_a_uri(options: dict[str, Any], tmp_path: Path) -> None:

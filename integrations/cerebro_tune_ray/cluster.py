@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -43,13 +43,17 @@ def room(needed: Resources) -> int:
 
 
 class Cluster:
-    """The Ray that this process is connected to; connecting, where it is not, is undone by `leave`."""
+    """The Ray that this process is connected to; connecting, where it was not, is undone when the last has left."""
+
+    _members: ClassVar[int] = 0
+    _connected_here: ClassVar[bool] = False
 
     def __init__(self, needed: Resources) -> None:
         self._needed = dict(needed)
-        self._ours = not ray.is_initialized()
-        if self._ours:
+        if not ray.is_initialized():
             ray.init(logging_level=logging.WARNING)
+            Cluster._connected_here = True
+        Cluster._members += 1
 
     def places(self, count: int) -> list[PlacementGroup]:
         """Places for so many workers, spread over the nodes; an error that tells what there is if there are fewer."""
@@ -87,8 +91,10 @@ class Cluster:
             remove_placement_group(place)
 
     def leave(self) -> None:
-        """Disconnect, if it was this object that connected."""
-        if self._ours and ray.is_initialized():
+        """Disconnect, if an object of this kind connected, and none is left; to be called once."""
+        Cluster._members -= 1
+        if Cluster._connected_here and not Cluster._members:
+            Cluster._connected_here = False
             ray.shutdown()
 
 

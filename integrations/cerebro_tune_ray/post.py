@@ -63,12 +63,8 @@ class Post:
         self._workers.start(self._store.grow)
         while True:
             while self._orders:
-                order, state, stale = self._orders.popleft()
-                self._drop(stale)
-                if isinstance(order, Exit):
-                    self._close()
+                if not self._carry_out(*self._orders.popleft()):
                     return
-                self._workers.send(self._worker, self._for_worker(order, state))
             for message in self._workers.wait():
                 yield message, self._attachment(message)
 
@@ -85,6 +81,15 @@ class Post:
     def _take(self, order: Order, state: Bytes | None = None, stale: Sequence[str] = ()) -> None:
         self._orders.append((order, state, stale))
         self._workers.wake()
+
+    def _carry_out(self, order: Order, state: Bytes | None, stale: Sequence[str]) -> bool:
+        """Hand an order on; false when it was the last."""
+        self._drop(stale)
+        if isinstance(order, Exit):
+            self._close()
+            return False
+        self._workers.send(self._worker, self._for_worker(order, state))
+        return True
 
     def _for_worker(self, order: Order, state: Bytes | None) -> Order:
         match order:

@@ -244,14 +244,21 @@ class RayWorkers(Workers):
         try:
             if not ray.wait([seat.stream], timeout=_LATE_S)[0]:
                 self._tell(seat, Late(seat.worker, f"no node has had {self._resources} for it in {_LATE_S:.0f} s"))
-            for reference in seat.stream:
-                message, attached = ray.get(reference)
-                del reference
-                if isinstance(message, Finished):
-                    message = self._exported(seat, message, attached)
-                self._tell(seat, message, attached)
+            while self._hear(seat):
+                pass
         except Exception as error:  # noqa: BLE001  # the actor, its node or all of Ray is gone
             self._tell(seat, Lost(seat.worker, _reason(error)))
+
+    def _hear(self, seat: _Seat) -> bool:
+        """Take the next item of a stream; false at its end. Who still names an item keeps the copy in the store."""
+        try:
+            message, attached = ray.get(next(seat.stream))
+        except StopIteration:
+            return False
+        if isinstance(message, Finished):
+            message = self._exported(seat, message, attached)
+        self._tell(seat, message, attached)
+        return True
 
     def _tell(self, seat: _Seat, message: Message, attached: Any = None) -> None:
         self._heard.append((seat, message, attached))
