@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cerebro_tune.trainable import Plan as Plan
     from cerebro_tune.units import Decision as Decision
     from cerebro_tune.verify import verify_hop as verify_hop
+    from cerebro_tune.visiting import current_shard as current_shard
     from cerebro_tune.visits import VisitLoader as VisitLoader
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "TorchTrainable": "torch_trainable",
     "TrialResult": "results",
     "VisitLoader": "visits",
+    "current_shard": "visiting",
     "verify_hop": "verify",
 }
 __all__ = list(_HOMES)  # each is imported when it is first used: torch takes seconds

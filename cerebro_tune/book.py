@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cerebro_tune.errors import UnknownMetricError
+from cerebro_tune.errors import ConfigurationError, UnknownMetricError
 from cerebro_tune.instructions import ReportUnit
 from cerebro_tune.results import TrialResult
 from cerebro_tune.settings import RunSettings, whole_number
@@ -16,6 +16,14 @@ from cerebro_tune.trainable import Recipe
 from cerebro_tune.units import Decision, Status, Trial, Unit
 from cerebro_tune.workers.base import ship
 from cerebro_tune.workers.messages import Export, Finished, improves
+
+
+@dataclass(frozen=True)
+class Brought:
+    """The recipe of a trial that is not the run's, and as it travels."""
+
+    recipe: Recipe
+    shipped: bytes
 
 
 @dataclass
@@ -28,6 +36,10 @@ class TrialPage:
     shipped: bytes
     """What of it the model takes, cloudpickled."""
     batch_size: int
+    suffix: str
+    """Of its checkpoints."""
+    brought: Brought | None = None
+    """Until the trial has ended: it may hold the weights of an instance."""
     inherited: int = 0
     """Units that a clone's source had done."""
     trained_under: bytes | None = None
@@ -40,6 +52,10 @@ class TrialPage:
     checkpoint: Path | None = None
     last_checkpoint: Path | None = None
     error: str | None = None
+    raised: tuple[str, ...] = ()
+    """The classes of the exception that failed it."""
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("compute", "validate", "hop"), 0.0))
+    """What its units took."""
     wish: Decision | None = None
     """What was asked out of turn while a report waits for its answer."""
 
@@ -58,6 +74,10 @@ class TrialPage:
         self.latest = finished
         self.trained_under = None
         self.visits.append((finished.unit.epoch, finished.unit.shard, str(finished.worker)))
+        spans = finished.spans
+        self.seconds["compute"] += spans.compute_s + spans.build_s
+        self.seconds["validate"] += spans.validation_s
+        self.seconds["hop"] += spans.hop_s
 
     def report(self, due: ReportUnit, shards: int) -> dict[str, Any]:
         """Write down the report that is due, and return it."""
@@ -83,9 +103,9 @@ class TrialBook:
     Reports on the whole validation set compete (those at an epoch's end); without a validation set all of them do.
     """
 
-    def __init__(self, settings: RunSettings, suffix: str) -> None:
+    def __init__(self, settings: RunSettings, recipe: Recipe) -> None:
         self.metric, self.mode, self.keep = settings.metric, settings.mode, settings.keep
-        self._settings, self._suffix = settings, suffix
+        self._settings, self._recipe = settings, recipe
         self._pages: dict[str, TrialPage] = {}
         self._warned = False
 
@@ -98,17 +118,36 @@ class TrialBook:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def new_page(self, config: Mapping[str, Any] | None, recipe: Recipe) -> TrialPage:
+    def recipe_of(self, page: TrialPage) -> Recipe:
+        """The trial's own recipe, or the run's."""
+        return self._recipe if page.brought is None else page.brought.recipe
+
+    def bring(self, recipe: Recipe) -> Brought | None:
+        """A recipe for one trial; None where it is the run's, so that workers have it."""
+        shipped = ship(recipe, recipe.name)
+        if shipped == self._settings.spec.recipe:
+            return None
+        if ship(dict(recipe.loader), "loader") != ship(dict(self._recipe.loader), "loader"):
+            raise ConfigurationError(
+                f"{recipe.name} has loader={dict(recipe.loader)!r}, and the run, which began with {self._recipe.name}, "
+                f"{dict(self._recipe.loader)!r}: the trials of a run read the same batches. Use an executor for each."
+            )
+        return Brought(recipe, shipped)
+
+    def new_page(
+        self, config: Mapping[str, Any] | None, brought: Brought | None, index: int | None = None
+    ) -> TrialPage:
         """The page of one more trial, not yet in the book; ConfigurationError for a config that cannot be trained."""
         chosen = dict(config or {})
-        settings = self._settings
-        defaults = {"epochs": settings.epochs, "batch_size": recipe.batch_size or settings.batch_size}
+        settings, recipe = self._settings, self._recipe if brought is None else brought.recipe
+        defaults = {"epochs": recipe.epochs or settings.epochs, "batch_size": recipe.batch_size or settings.batch_size}
         ours = {key: default if recipe.takes(key) else chosen.get(key, default) for key, default in defaults.items()}
         ours = {key: whole_number(f"{key} in a config", value, 1) for key, value in ours.items()}
         model_config = recipe.model_config(chosen)
         recipe.check_config(model_config)
-        trial = Trial(f"trial-{len(self):04d}", len(self), ours["epochs"])
-        return TrialPage(trial, chosen, ship(model_config, f"The config {chosen}"), ours["batch_size"])
+        trial = Trial(f"trial-{len(self):04d}", len(self) if index is None else index, ours["epochs"])
+        shipped = ship(model_config, f"The config {chosen}")
+        return TrialPage(trial, chosen, shipped, ours["batch_size"], recipe.suffix, brought)
 
     def add(self, page: TrialPage) -> None:
         """Put a page into the book."""
@@ -121,7 +160,7 @@ class TrialBook:
 
     def path(self, page: TrialPage, name: str) -> Path:
         """Where a checkpoint of the trial lies: name is `best` or `last`."""
-        return self._settings.run_dir / page.trial.id / f"{name}{self._suffix}"
+        return self._settings.run_dir / page.trial.id / f"{name}{page.suffix}"
 
     def _staged(self, page: TrialPage, units: int) -> Path:
         """Where a worker writes what may become the best: it is not until the unit is committed and reported."""
@@ -130,7 +169,7 @@ class TrialBook:
     def clear_staged(self) -> None:
         """Remove what was written by units that were not committed."""
         for page in self:
-            for path in self.path(page, "best").parent.glob(f"best.[0-9]*{self._suffix}*"):
+            for path in self.path(page, "best").parent.glob("best.[0-9]*"):
                 path.unlink()
 
     def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:
@@ -191,4 +230,6 @@ class TrialBook:
             checkpoint=page.checkpoint if page.checkpoint is not None else page.last_checkpoint,
             last_checkpoint=page.last_checkpoint,
             error=page.error,
+            raised=page.raised,
+            seconds=dict(page.seconds),
         )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from cerebro_tune.errors import WorkerError
 from cerebro_tune.settings import RunSettings
+from cerebro_tune.store import BufferRef
 from cerebro_tune.units import Unit, WorkerId
 from cerebro_tune.workers.base import Workers
 from cerebro_tune.workers.messages import Forget, Lost, Message, Ready, Rest, Setup, Task
+
+if TYPE_CHECKING:
+    from cerebro_tune.run import Run
 
 _FUTILE_STARTS = 3
 """A worker that dies this often in a row before it is ready will not come up at all."""
@@ -31,9 +36,9 @@ class Crew:
         """The trials of which each worker has the config."""
         self._forgotten: dict[WorkerId, tuple[list[str], list[int]]] = {worker: ([], []) for worker in workers.ids}
 
-    def wait(self) -> list[Message]:
-        """What the workers say next."""
-        return self._workers.wait()
+    def wait(self, timeout_s: float | None = None) -> list[Message]:
+        """What the workers say next; nothing when the time has passed."""
+        return self._workers.wait(timeout_s)
 
     @property
     def awaited(self) -> Set[WorkerId]:
@@ -80,7 +85,7 @@ class Crew:
         for task in tasks:
             self.running[worker] = task.unit
             known, trial = self._configured[worker], task.unit.trial
-            self._workers.send(worker, replace(task, config=None) if trial in known else task)
+            self._workers.send(worker, replace(task, config=None, recipe=None) if trial in known else task)
             known.add(trial)
 
     def forget(self, trials: Iterable[str], buffers: Iterable[int]) -> None:
@@ -98,3 +103,14 @@ class Crew:
                 self._workers.send(worker, Rest())
         self.running.clear()
         self.unready.clear()
+
+
+class Grower:
+    """Answers workers that need a buffer, from the run in progress; it outlives runs, and keeps no executor alive."""
+
+    run: Run | None = None
+
+    def grow(self, trial: str, nbytes: int) -> BufferRef:
+        """A working buffer for the unit that a worker runs."""
+        assert self.run is not None, "a worker runs a unit, and there is no run"
+        return self.run.grow(trial, nbytes)

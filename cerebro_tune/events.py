@@ -24,6 +24,18 @@ class TrialCloned:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialRestored:
+    """The tuner brought a trial back that another run had trained: so many units, the last of them on these shards.
+
+    `visited` are the shards of the epoch that it is in.
+    """
+
+    trial: Trial
+    units: int
+    visited: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerJoined:
     """A worker that holds the shards with these indices is there and idle; it may be one that was lost."""
 
@@ -79,6 +91,7 @@ class SearchEnded:
 Event: TypeAlias = (
     TrialAdded
     | TrialCloned
+    | TrialRestored
     | WorkerJoined
     | WorkerLost
     | WorkerStayedAway

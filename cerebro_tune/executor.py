@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import time
 from types import TracebackType
@@ -21,6 +21,7 @@ from cerebro_tune.arguments import (
     one_of,
 )
 from cerebro_tune.budget import state_budget
+from cerebro_tune.crew import Grower
 from cerebro_tune.data.base import RowSet
 from cerebro_tune.data.index import IndexedDataset
 from cerebro_tune.errors import ConfigurationError
@@ -34,8 +35,9 @@ from cerebro_tune.run import Run
 from cerebro_tune.settings import RunSettings, TrainAll, Tuner
 from cerebro_tune.sharedrun import Caller, SharedRun
 from cerebro_tune.signals import interruptible
-from cerebro_tune.store import BufferRef, StateStore
+from cerebro_tune.store import StateStore
 from cerebro_tune.trainable import Config, Plan, Recipe, as_recipe
+from cerebro_tune.units import Units
 from cerebro_tune.workers.base import Workers, backend_of, ship
 from cerebro_tune.workers.messages import RunSpec
 
@@ -131,7 +133,7 @@ class Cerebro:
         self._progress = progress
         self._workers: Workers | None = None
         self._current: Run | None = None
-        self._grower = _Grower()
+        self._grower = Grower()
         self._shared = SharedRun()
         self._taking = threading.Lock()
         self._data: GivenData | None = None
@@ -232,9 +234,9 @@ class Cerebro:
             )
         return self._data
 
-    def units(self, epochs: float) -> int:
+    def units(self, epochs: float) -> Units:
         """Epochs in units: what a tuner calls `max_t` or `grace_period` when every unit is reported."""
-        return round(epochs * self.train.num_shards)
+        return Units(round(epochs * self.train.num_shards))
 
     def fit(
         self, trainable: Any, configs: Iterable[Config] | None = None, *, metric: str | None = None, mode: str = "min"
@@ -254,15 +256,17 @@ class Cerebro:
                 run.add(config)
             run.end_search()
         except BaseException:
-            self._end(run)
+            self.give_up(run)
             raise
+        return self.search(run)
+
+    def search(self, run: Run) -> Results:
+        """Drive a run to its end, or to Ctrl-C, and say in one line where the time went."""
         with interruptible(run):
             results = self.drive(run)
         if self._progress is not False:
             # Workers of the inline backend take turns: that they idle is no news.
-            hint = results.shares.hint if self.backend != "inline" else None
-            begin = "Interrupted; the results so far. " if results.interrupted else ""
-            print(f"{begin}{results.shares}" + (f" ({hint})" if hint else ""))
+            print(results.closing_line(hint=self.backend != "inline"))
         return results
 
     def train_one(
@@ -277,30 +281,46 @@ class Cerebro:
         """Train one trial to its end, from any thread, next to those that other threads train by this method.
 
         The first call begins a run, calls that come while it lasts join it, the last to leave ends it. `caller`
-        says who answers the trial's reports; None lets it go on to its end.
+        says who answers the trial's reports; None lets it go on to its end. They may train different things.
         """
-        recipe = as_recipe(trainable)
+        recipe = self.recipe(trainable)
         return self._shared.train(
             self, recipe, dict(config or {}), caller or Caller(TrainAll().on_report), metric, mode
         )
 
-    def run(self, trainable: Any, tuner: Tuner, *, metric: str | None = None, mode: str = "min") -> Run:
-        """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it."""
+    def run(
+        self,
+        trainable: Any,
+        tuner: Tuner,
+        *,
+        metric: str | None = None,
+        mode: str = "min",
+        keep: str | None = None,
+        policy: str | Policy | None = None,
+        hosted: bool = False,
+    ) -> Run:
+        """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it.
+
+        `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it
+        decides how many trials are live, shows progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
+        """
         if self._current is not None:
             raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")
         one_of(mode=mode, valid=("min", "max"))
         if metric is not None and not isinstance(metric, str):
             raise ConfigurationError(f"metric is {metric!r}; it must be the name of one metric.")
-        recipe = as_recipe(trainable)
-        if recipe.datamodule is not None:
-            self.use_data(datamodule=recipe.datamodule)
+        recipe = self.recipe(trainable)
         if self._workers is not None and edited_since(self._started_s):
             self.close()
         self.start()
         assert self._workers is not None, "started"
         settings = self._settings(self._workers, recipe, metric, mode)
+        settings = replace(settings, keep=keep or self.keep, policy=policy or self.policy)
+        if hosted:
+            settings = replace(settings, live_trials=None)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
-        run = Run(self._workers, store, recipe, settings, tuner, make_progress(self._progress))
+        progress = make_progress(False if hosted else self._progress)
+        run = Run(self._workers, store, recipe, settings, tuner, progress)
         self._current = self._grower.run = run
         return run
 
@@ -309,10 +329,17 @@ class Cerebro:
         try:
             results = run.drive()
         except BaseException:
-            self._end(run)
+            self.give_up(run)
             raise
         self._current = self._grower.run = None
         return results
+
+    def recipe(self, trainable: Any) -> Recipe:
+        """What is to be trained, made uniform; a DataModule that comes with it is this executor's data."""
+        recipe = as_recipe(trainable)
+        if recipe.datamodule is not None:
+            self.use_data(datamodule=recipe.datamodule)
+        return recipe
 
     def start(self) -> None:
         """Start the workers, unless they are up."""
@@ -348,14 +375,14 @@ class Cerebro:
     ) -> None:
         self.close()
 
-    def _end(self, run: Run) -> None:
-        """Give a run up."""
+    def give_up(self, run: Run) -> None:
+        """End a run where it is; its folder goes, if there is nothing in it."""
         run.close()
         self._current = self._grower.run = None
-        if not run.units:
-            (run.settings.run_dir / DATA_FILE).unlink(missing_ok=True)
-            with suppress(OSError):  # it has something in it after all
-                run.settings.run_dir.rmdir()
+        folder = run.settings.run_dir
+        if not any(path.name != DATA_FILE for path in folder.iterdir()):
+            (folder / DATA_FILE).unlink(missing_ok=True)
+            folder.rmdir()
 
     def _settings(self, workers: Workers, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
         spec = RunSpec(
@@ -387,13 +414,3 @@ class Cerebro:
 
 DATA_FILE = "data.json"
 """In a run's folder: what its index was made from, which must still be so when the run is taken up again."""
-
-
-class _Grower:
-    """Answers workers that need a buffer, from the run in progress; it outlives runs, and keeps no executor alive."""
-
-    run: Run | None = None
-
-    def grow(self, trial: str, nbytes: int) -> BufferRef:
-        assert self.run is not None, "a worker runs a unit, and there is no run"
-        return self.run.grow(trial, nbytes)

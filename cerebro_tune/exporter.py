@@ -8,14 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
 from cerebro_tune.buffers import Mapped
-from cerebro_tune.trainable import Recipe
 
 
 class Exporter:
     """Writes committed states as checkpoints, on a thread of its own so that the loop goes on meanwhile."""
 
-    def __init__(self, recipe: Recipe, book: TrialBook) -> None:
-        self._recipe, self._book = recipe, book
+    def __init__(self, book: TrialBook) -> None:
+        self._book = book
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cerebro-export")
         self.pending = 0
 
@@ -27,7 +26,7 @@ class Exporter:
         """Write the state in `buffer` as the trial's last checkpoint."""
         path = self._book.path(page, "last")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._recipe.export(state.read(buffer), path)
+        self._book.recipe_of(page).export(state.read(buffer), path)
         page.last_checkpoint = path
 
     def begin(self, page: TrialPage, buffer: Mapped, then: Callable[[Future[None]], object]) -> None:

@@ -54,6 +54,7 @@ from cerebro_tune.events import (
     TrialAdded,
     TrialCloned,
     TrialDecided,
+    TrialRestored,
     UnitFailed,
     UnitFinished,
     WorkerJoined,
@@ -160,6 +161,7 @@ class Hopper:
         self._handlers: dict[type[Event], Callable[[Any, list[Instruction]], None]] = {
             TrialAdded: self._on_trial_added,
             TrialCloned: self._on_trial_cloned,
+            TrialRestored: self._on_trial_restored,
             WorkerJoined: self._on_worker_joined,
             WorkerLost: self._on_worker_lost,
             WorkerStayedAway: self._on_worker_stayed_away,
@@ -184,14 +186,26 @@ class Hopper:
     def _on_trial_cloned(self, event: TrialCloned, out: list[Instruction]) -> None:
         self._check_new(event, event.trial)
         source = self._find(event, event.source)
-        if not TRANSITIONS[source.status]:
-            _refuse(event, f"trial {event.source!r}", source.status.value, "a source that has not ended")
+        if not TRANSITIONS[source.status] and source.status is not Status.FAILED:  # its last good state may be there
+            _refuse(event, f"trial {event.source!r}", source.status.value, "a source that has not ended, or has failed")
         units = event.trial.epochs * self._shards
         if units <= source.units_done:
             state = f"{source.units_done} units on"
             _refuse(event, f"trial {event.source!r}", state, f"a clone with more units than that in all, not {units}")
         record = self._new_record(event.trial)
         record.continue_from(source, self._shards)
+        self._enrol(record)
+
+    def _on_trial_restored(self, event: TrialRestored, out: list[Instruction]) -> None:
+        self._check_new(event, event.trial)
+        record = self._new_record(event.trial)
+        known = event.visited <= set(range(self._shards)) and len(event.visited) == event.units % self._shards
+        if not known or not 0 <= event.units < record.units_left:
+            said = f"said to have {event.units} of {record.units_left} units behind it, with {set(event.visited) or {}}"
+            _refuse(event, f"trial {event.trial.id!r}", said, "units left, and as many shards as the epoch has units")
+        record.epoch, record.units_done = event.units // self._shards, event.units
+        record.units_left -= event.units
+        record.left &= ~sum(1 << shard for shard in event.visited)
         self._enrol(record)
 
     def _on_worker_joined(self, event: WorkerJoined, out: list[Instruction]) -> None:
@@ -609,6 +623,11 @@ class Hopper:
         """Return (epochs done, units committed, units in all)."""
         record = self._records[trial]
         return record.epoch, record.units_done, record.units_done + record.units_left
+
+    def visited(self, trial: str) -> frozenset[int]:
+        """Return the shards that the trial has visited in the epoch it is in."""
+        left = self._records[trial].left
+        return frozenset(shard for shard in range(self._shards) if left and not left >> shard & 1)
 
     def state_at(self, trial: str) -> WorkerId | None:
         """Return the worker that committed the trial's state and has been here since."""

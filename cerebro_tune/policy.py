@@ -17,6 +17,9 @@ LONGEST, once all trials are in: the longest remaining time first, so that no tr
 trial with more time left than there is work for each worker sets the end of the run: while it trains the last but one
 shard of an epoch, the only worker that it can go to next takes nothing else.
 
+ABREAST, for tuners that compare trials, knows no SHORTEST: the trial with the most units left goes first, whatever its
+units take, so that all live ones are at the same point when they are compared, and none of a population falls behind.
+
 Remaining time is units left times the trial's moving average of unit times, put on a common scale by the moving average
 of each worker's pace. A trial that has not run yet comes first: running it tells its cost.
 
@@ -134,17 +137,21 @@ class Policy(Protocol):
 
 
 class AutoPolicy:
-    """The default, see the module's head. With `logical` it looks at nothing that was measured."""
+    """The default, see the module's head. With `logical` it looks at nothing that was measured.
 
-    def __init__(self, *, logical: bool = False) -> None:
-        self.learns = not logical
-        self.logical = logical
+    With `abreast` live trials advance side by side.
+    """
+
+    def __init__(self, *, logical: bool = False, abreast: bool = False) -> None:
+        self.learns = not logical and not abreast
+        self.logical, self._abreast = logical, abreast
 
     def regime(self, board: Board) -> Regime:
         """Rotate when there is nothing to choose from; else serve the stream, or its end."""
         if board.pinned and board.live <= board.workers:
             return Regime.ROTATION
-        return Regime.SHORTEST if board.admitting or board.queued else Regime.LONGEST
+        stream = (board.admitting or board.queued) and not self._abreast
+        return Regime.SHORTEST if stream else Regime.LONGEST
 
     def key(self, regime: Regime, trial: Candidate) -> float:
         """Remaining time, or its negative; the overdue, then the unknown, before all."""
@@ -272,6 +279,11 @@ def make_policy(policy: str | Policy, seed: int) -> Policy:
     if policy not in {"auto", "random", "fixed"}:
         raise ConfigurationError(f'unknown policy {policy!r}; choose "auto", "random" or "fixed"')
     return RandomPolicy(seed) if policy == "random" else AutoPolicy(logical=policy == "fixed")
+
+
+def abreast(policy: str | Policy) -> str | Policy:
+    """The policy as it is for a tuner that compares trials: "auto" and "fixed" let them advance side by side."""
+    return AutoPolicy(logical=policy == "fixed", abreast=True) if policy in ("auto", "fixed") else policy
 
 
 def turns(shards: int, seed: int, *, shuffled: bool) -> list[int]:

@@ -36,6 +36,10 @@ class TrialResult:
     last_checkpoint: Path | None = None
     error: str | None = None
     """The traceback of a failed trial."""
+    raised: Sequence[str] = ()
+    """The classes of the exception in it, by their full names, the most specific first."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What its units took: compute, validate and hop; the rest of its life it waited."""
 
     def __repr__(self) -> str:
         values = {name: value for name, value in self.metrics.items() if isinstance(value, int | float)}
@@ -74,6 +78,11 @@ class Results(Sequence[TrialResult]):
             counts[trial.status] = counts.get(trial.status, 0) + 1
         told = ", ".join(f"{count} {status}" for status, count in counts.items())
         return f"Results({told or 'no trials'}; {self.run_dir})"
+
+    def closing_line(self, hint: bool) -> str:
+        """Where the time went, and with a hint what to do about it."""
+        begin = "Interrupted; the results so far. " if self.interrupted else ""
+        return f"{begin}{self.shares}" + (f" ({self.shares.hint})" if hint and self.shares.hint else "")
 
     @property
     def ranked(self) -> list[TrialResult]:

@@ -10,9 +10,11 @@ short methods needs several of them.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
@@ -26,6 +28,7 @@ from cerebro_tune.events import (
     TrialAdded,
     TrialCloned,
     TrialDecided,
+    TrialRestored,
     UnitFailed,
     UnitFinished,
     WorkerJoined,
@@ -55,6 +58,8 @@ from cerebro_tune.workers.messages import (
     Task,
 )
 
+T = TypeVar("T")
+
 
 class Run:
     """Trials on workers, from the first unit to the results."""
@@ -69,7 +74,7 @@ class Run:
         progress: Progress,
     ) -> None:
         self.settings = settings
-        self._workers, self._store, self._recipe = workers, store, recipe
+        self._workers, self._store = workers, store
         self._crew = Crew(workers, settings)
         self._tuner, self._progress = tuner, progress
         spec = settings.spec
@@ -82,26 +87,42 @@ class Run:
             seed=spec.seed,
         )
         self._logical = make_policy(settings.policy, spec.seed).logical
-        self._book = TrialBook(settings, recipe.suffix)
+        self._book = TrialBook(settings, recipe)
         self._timeline = Timeline(workers.ids, settings.trace)
         self._commands = CommandQueue(workers.wake)
-        self._exporter = Exporter(recipe, self._book)
+        self._exporter = Exporter(self._book)
         self._inbox: deque[Message] = deque()
         self._orders: deque[Instruction] = deque()
         self._results: dict[str, Finished] = {}
         """Of units that ended and are not committed."""
-        self._search_ended = self._interrupted = False
+        self._search_ended = self._interrupted = self._shown = False
         self._fatal: Exception | None = None
 
     # Commands: from any thread.
 
-    def add(self, config: Config) -> str:
-        """Add a trial; ConfigurationError for a config that cannot be trained. Returns its id."""
-        return self._commands.ask(lambda: self._add(config, None))
+    def add(self, config: Config, recipe: Recipe | None = None, index: int | None = None) -> str:
+        """Add a trial, of the run's recipe or one of its own. Returns its id.
 
-    def clone(self, trial_id: str, config: Config | None = None) -> str:
+        With the `index` of a trial whose place it takes it draws the random numbers that that one would have drawn.
+        ConfigurationError for a config that cannot be trained.
+        """
+        return self._commands.ask(lambda: self._add(config, None, recipe, index))
+
+    def clone(self, trial_id: str, config: Config | None = None, index: int | None = None) -> str:
         """Add a trial that goes on from another's last committed unit, with a changed config if given."""
-        return self._commands.ask(lambda: self._add(config, trial_id))
+        return self._commands.ask(lambda: self._add(config, trial_id, index=index))
+
+    def restore(self, config: Config, path: Path, units: int, visited: Iterable[int], index: int) -> str:
+        """Add a trial that goes on, paused, from a state that `save` has written: with what `progress` was then."""
+        return self._commands.ask(lambda: self._restore(config, path, units, frozenset(visited), index))
+
+    def save(self, trial_id: str, path: Path) -> None:
+        """Write the state that the trial's last unit committed, so that it outlives this process."""
+        self._commands.ask(lambda: self._store.save(self._page(trial_id).trial.id, path, durable=False))
+
+    def progress(self, trial_id: str) -> tuple[int, list[int]]:
+        """Units committed, and the shards visited in the epoch that the trial is in."""
+        return self._commands.ask(lambda: (self._hopper.progress(trial_id)[1], sorted(self._hopper.visited(trial_id))))
 
     def decide(self, trial_id: str, decision: Decision) -> None:
         """Answer a report of the trial. What was asked out of turn meanwhile is joined with it: the firmer wins."""
@@ -123,13 +144,30 @@ class Run:
         """No more trials will come: `drive` returns when those that were added have ended or stand paused."""
         self._commands.ask(self._end_search)
 
+    def units_of(self, trial_id: str) -> int:
+        """How many units the trial trains in all, unless something ends it before."""
+        return self._commands.ask(lambda: self._page(trial_id).trial.epochs * self.settings.shards)
+
     def status(self, trial_id: str) -> str:
         """The trial's status now."""
         return self._commands.ask(lambda: self._hopper.status(trial_id).value)
 
+    def index(self, trial_id: str) -> int:
+        """The trial's number, which its random numbers come from."""
+        return self._page(trial_id).trial.index
+
+    def units_left(self, trial_id: str) -> int:
+        """Units that the trial has still before it."""
+        _, done, total = self.ask(lambda: self._hopper.progress(trial_id))
+        return total - done
+
     def state(self, trial_id: str) -> Any:
         """A copy of the state that the trial's last unit committed, as a tree; in `Tuner.on_end` at the latest."""
         return self._commands.ask(lambda: self._state(trial_id))
+
+    def wake(self) -> None:
+        """Make `turn` return, from any thread."""
+        self._workers.wake()
 
     def interrupt(self) -> None:
         """Give up at once, with the results so far; safe in a signal handler."""
@@ -140,26 +178,38 @@ class Run:
 
     def drive(self) -> Results:
         """Run until the search has ended and every trial with it; raise what makes the run impossible."""
-        self._commands.take_over()
-        self._progress.start(self.snapshot)
         try:
-            self._assemble()
-            self._carry_out_commands()
+            self.begin()
             while not self._over():
-                for start in self._hopper.dispatch():
-                    self._start(start)
-                self._progress.update()
-                self._inbox.extend(self._crew.wait())
-                while self._inbox:
-                    self._hear(self._inbox.popleft())
-                    self._raise_if(self._fatal)
-                    self._obey()
-                self._carry_out_commands()
+                self.turn()
             self._export_unended()
         finally:
             self.close()
-            self._progress.stop()
         return self.results()
+
+    def begin(self) -> None:
+        """Set the workers up; the calling thread is the loop from now on. For a host with a loop of its own."""
+        self._commands.take_over()
+        self._progress.start(self.snapshot)
+        self._shown = True
+        self._assemble()
+        self._carry_out_commands()
+
+    def turn(self, timeout_s: float | None = None) -> None:
+        """Start what can be started, then wait for what the workers say, or for the time to pass, and see to it."""
+        for start in self._hopper.dispatch():
+            self._start(start)
+        self._progress.update()
+        self._inbox.extend(self._crew.wait(timeout_s))
+        while self._inbox:
+            self._hear(self._inbox.popleft())
+            self._raise_if(self._fatal)
+            self._obey()
+        self._carry_out_commands()
+
+    def ask(self, call: Callable[[], T]) -> T:
+        """Have a call made on the loop's thread, and return its answer or raise its error; from any thread."""
+        return self._commands.ask(call)
 
     @property
     def units(self) -> int:
@@ -240,7 +290,8 @@ class Run:
     def _raised(self, message: Raised) -> None:
         unit = message.unit
         self._crew.running.pop(message.worker, None)
-        self._book[unit.trial].error = message.error
+        page = self._book[unit.trial]
+        page.error, page.raised = message.error, message.kinds
         reason = message.error.strip().rpartition("\n")[2]
         where = f"{unit.trial} failed in epoch {unit.epoch}, shard {unit.shard}"
         self._progress.say(f"{where}: {reason} (its result's .error has the traceback)", "stderr")
@@ -289,9 +340,10 @@ class Run:
             if done > self._book[trial].units:
                 del self._results[trial]
                 self._store.commit(trial, finished.used, finished.digest)
-                self._book[trial].committed(finished)
+                page = self._book[trial]
+                page.committed(finished)
                 if finished.logged is not None:
-                    self._recipe.log(trial, self._book[trial].config, finished.logged)
+                    self._book.recipe_of(page).log(trial, page.config, finished.logged)
                 if finished.should_stop and done < total:
                     self._wish(trial, Decision.STOP)  # joined with what the tuner answers to the report, if one is due
                 self._cool_if_paused(trial)
@@ -335,6 +387,7 @@ class Run:
             digest="" if committed is None else self._store.digest_of(unit.trial),
             trained_under=page.trained_under,
             export=self._book.export(unit, epoch_done, done + 1 == total),
+            recipe=None if page.brought is None else page.brought.shipped,
         )
 
     def grow(self, trial: str, nbytes: int) -> BufferRef:
@@ -382,23 +435,31 @@ class Run:
         self._release(trial)
 
     def _release(self, trial: str) -> None:
-        self._recipe.end_log(trial, self._hopper.status(trial).value)
+        page, status = self._book[trial], self._hopper.status(trial)
+        self._book.recipe_of(page).end_log(trial, status.value)
+        page.brought = None
         # The tuner before the memory: it may want the state.
-        self._tuner.on_end(self._book.result(self._book[trial], self._hopper.status(trial), cut_short=False))
+        self._tuner.on_end(self._book.result(page, status, cut_short=False))
         self._crew.forget((trial,), self._store.drop(trial))
 
     # Commands, on the loop's thread.
 
-    def _add(self, config: Config | None, source: str | None) -> str:
+    def _add(
+        self, config: Config | None, source: str | None, recipe: Recipe | None = None, index: int | None = None
+    ) -> str:
         parent = None if source is None else self._page(source)
-        page = self._book.new_page(config if config is not None or parent is None else parent.config, self._recipe)
+        brought = None if recipe is None else self._book.bring(recipe)
+        if parent is not None:
+            config, brought = parent.config if config is None else config, parent.brought
+        page = self._book.new_page(config, brought, index)
         trial = page.trial
         if parent is None:
             self._apply(TrialAdded(trial))
         else:
-            if not parent.units:
+            if not parent.units or not self._store.holds(parent.trial.id):
                 raise ConfigurationError(
-                    f"{source} has no unit behind it, so there is nothing to clone: add a trial with its config."
+                    f"{source} has no state to go on from (no unit is behind it, or it has ended): add a trial with "
+                    "its config."
                 )
             self._apply(TrialCloned(trial, parent.trial.id))
             page.inherited = parent.units
@@ -407,6 +468,15 @@ class Run:
             page.trained_under = before if before != page.shipped else None
         self._book.add(page)
         return trial.id
+
+    def _restore(self, config: Config, path: Path, units: int, visited: frozenset[int], index: int) -> str:
+        page = self._book.new_page(config, None, index)
+        self._apply(TrialRestored(page.trial, units, visited))
+        page.inherited = units
+        self._store.restore(page.trial.id, path)
+        self._book.add(page)
+        self._decide(page.trial.id, Decision.PAUSE)
+        return page.trial.id
 
     def _state(self, trial_id: str) -> Any:
         mapped = self._store.mapped(self._page(trial_id).trial.id)
@@ -457,8 +527,10 @@ class Run:
         self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})
         for page in self._book:
             if not (status := self._hopper.status(page.trial.id)).ended:
-                self._recipe.end_log(page.trial.id, status.value)
+                self._book.recipe_of(page).end_log(page.trial.id, status.value)
         self._book.clear_staged()
         self._store.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")
+        if self._shown:
+            self._progress.stop()

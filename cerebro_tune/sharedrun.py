@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Decide = Callable[[str, Report], Decision | None]
 """Answers a report of (trial id, report), as a `Tuner` does."""
 
+TakeState = Callable[[Any], None]
+"""Called with the state that a trial has at its end, as a tree."""
+
 
 @dataclass
 class Caller:
@@ -37,7 +40,7 @@ class Caller:
     """
 
     decide: Decide
-    take_state: Callable[[Any], None] | None = None
+    take_state: TakeState | None = None
     result: Future[TrialResult] = field(default_factory=Future)
 
 
@@ -66,7 +69,7 @@ class SharedRun:
         """Train a trial to its end, next to those of other threads; see `Cerebro.train_one`."""
         run = self._enter(executor, recipe, metric, mode)
         try:
-            self._seat(run.add(config)).set_result(caller)
+            self._seat(run.add(config, recipe)).set_result(caller)
             return caller.result.result()
         except KeyboardInterrupt:
             run.interrupt()
@@ -97,7 +100,7 @@ class SharedRun:
             return seat
 
     def _enter(self, executor: Cerebro, recipe: Recipe, metric: str | None, mode: str) -> Run:
-        kind = (recipe.name, metric, mode)
+        kind = (metric, mode)
         with self._door:
             # One that broke, or was interrupted, takes nobody in: whoever comes waits until all have left it.
             self._door.wait_for(lambda: self._run is None or self._thread.is_alive())
@@ -109,7 +112,7 @@ class SharedRun:
             elif kind != self._kind:
                 raise ConfigurationError(
                     f"Trials that share a run must agree in what they are measured by: this one has {kind}, the run "
-                    f"{self._kind} (trainable, metric, mode). Use one metric, or an executor for each."
+                    f"{self._kind} (metric, mode). Use one metric, or an executor for each."
                 )
             self._callers += 1
             return self._run

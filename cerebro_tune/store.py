@@ -164,6 +164,10 @@ class StateStore:
         assert image.buffer is not None, "an image is in a buffer or in a file"
         return Mapped.open(image.buffer.ref, populate=False)
 
+    def holds(self, trial: str) -> bool:
+        """Whether there is a committed state of the trial."""
+        return trial in self._slots and self._slots[trial].committed is not None
+
     def digest_of(self, trial: str) -> str:
         """The digest of the committed state."""
         return self._committed(trial).digest
@@ -172,9 +176,9 @@ class StateStore:
         """Whether the committed state is in shared memory, not on disk."""
         return self._committed(trial).buffer is not None
 
-    def save(self, trial: str, path: Path) -> str:
-        """Write the committed state to disk so that it survives a power failure; returns its digest."""
-        return save(self.mapped(trial), path)
+    def save(self, trial: str, path: Path, durable: bool = True) -> str:
+        """Write the committed state to disk; returns its digest. If `durable`, it survives a power failure too."""
+        return save(self.mapped(trial), path, durable)
 
     def restore(self, trial: str, path: Path) -> str:
         """A saved state becomes the trial's committed one; returns its digest."""

@@ -137,6 +137,9 @@ class Recipe(ABC):
     batch_size: int | None = None
     """The trainable's own default, where it has one; it wins over the executor's."""
 
+    epochs: int | None = None
+    """The trainable's own horizon, where it has one; it wins over the executor's."""
+
     loader: Mapping[str, Any] = {}
     """Settings of the trainable's own for loading; each wins over the executor's."""
 

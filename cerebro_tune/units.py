@@ -32,6 +32,10 @@ class Unit:
     shard: int
 
 
+class Units(int):
+    """A number of units that is meant as such: nobody need ask whether it was written for epochs."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class WorkerId:
     """The name of a worker; one that was lost may come back under it."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,12 +25,50 @@ settings.register_profile("soak", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("default")
 
 
-def _held() -> dict[str, set[str]]:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with Ray come last: once it runs, processes and sockets of its own come and go until the session ends."""
+    items.sort(key=lambda item: "ray_session" in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: `leaves_nothing` collects garbage after each test, and need not look through it."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Any]:
+    """One local Ray for all tests that ask for it; its workers can import the test modules.
+
+    A cluster of one node, to which tests may add others. It is in a folder of its own, so that it is nobody else's
+    "running cluster", and quick to see that a node is dead.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    impatient = {
+        "health_check_initial_delay_ms": 500,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 3,
+    }
+    head = {"num_cpus": 4, "include_dashboard": False, "_system_config": impatient}
+    with TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(
+            address=cluster.address, logging_level="ERROR", log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+        )  # fmt: skip
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def _held(beside_ray: bool) -> dict[str, set[str]]:
     """Processes, threads, descriptors of pipes, sockets and memory files, and mappings of state buffers.
 
-    While Ray runs, sockets come and go as it likes.
+    Beside a running Ray without sockets: it opens and closes its own at any time.
     """
-    kinds = ("pipe:", "/memfd:") + (() if _ray_runs() else ("socket:", "anon_inode:"))
+    kinds = ("pipe:", "/memfd:") if beside_ray else ("pipe:", "socket:", "/memfd:", "anon_inode:")
     descriptors = set()
     for number in os.listdir("/proc/self/fd"):
         try:
@@ -50,59 +87,27 @@ def _processes() -> set[str]:
     found = set()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            name, told = child.name(), " ".join(child.cmdline())
-            spare = any(parent.name() == "raylet" for parent in child.parents())
-            if not spare or "ray::Post" in told or "cerebro_tune.workers" in told:
-                found.add(f"{child.pid} {name}")
+            told = " ".join(child.cmdline())
+            of_ray = "raylet" in {parent.name() for parent in child.parents()}
+            if not of_ray or "ray::Post" in told or "cerebro_tune.workers" in told:
+                found.add(f"{child.pid} {child.name()}")
     return found
 
 
-def _ray_runs() -> bool:
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
-
-
 @pytest.fixture(autouse=True)
-def leaves_nothing() -> Iterator[None]:
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test after which a process, thread, descriptor or shared memory is left that was not there before."""
-    before = _held()
+    beside_ray = "ray_session" in request.fixturenames
+    before = _held(beside_ray)
     yield
     gc.collect()
-    if _ray_runs():
-        _await(lambda: _processes() <= before["processes"])  # Ray ends actors in its own time
-    left = {kind: sorted(things - before[kind]) for kind, things in _held().items()}
+    deadline = time.monotonic() + 10
+    while beside_ray and not _processes() <= before["processes"] and time.monotonic() < deadline:
+        time.sleep(0.05)  # Ray ends actors in its own time
+    left = {kind: sorted(things - before[kind]) for kind, things in _held(beside_ray).items()}
     assert not any(left.values()), (
         f"the test left behind: { {kind: things for kind, things in left.items() if things} }"
     )
-
-
-def _await(condition: Callable[[], bool]) -> None:
-    """Wait a while for what takes its time."""
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[Any]:
-    """A Ray of one node with two CPUs, for all tests that want one; they may add nodes, and remove them.
-
-    In a folder of its own, so that it is nobody else's "running cluster", and quick to see that a node is dead.
-    """
-    import ray
-    from ray.cluster_utils import Cluster
-
-    impatient = {
-        "health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 5000,
-        "health_check_failure_threshold": 3,
-    }  # fmt: skip
-    with TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        head = {"num_cpus": 2, "include_dashboard": False, "_system_config": impatient}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        ray.init(address=cluster.address, logging_level="warning")
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def points(rows: int, seed: int = 0) -> pa.Table:
@@ -132,3 +137,14 @@ def options(train: ShardedDataset, validation: ShardedDataset, tmp_path: Path) -
         "train": train, "validation": validation, "epochs": 2, "batch_size": 16, "workers": 2, "backend": "inline",
         "run_dir": tmp_path / "runs", "progress": False,
     }  # fmt: skip
+
+
+@pytest.fixture
+def quiet_optuna() -> Iterator[None]:
+    """Optuna tells of every trial; these tests look into the study."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(before)

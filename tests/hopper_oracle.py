@@ -9,6 +9,7 @@ from cerebro_tune.events import (
     Event,
     TrialAdded,
     TrialCloned,
+    TrialRestored,
     UnitFailed,
     UnitFinished,
     WorkerJoined,
@@ -73,6 +74,10 @@ class Ledger:
             case TrialCloned(trial, source):
                 past = self.accounts[source]
                 self.accounts[trial.id] = Account(trial, past.trained[:committed], worker=past.worker)
+            case TrialRestored(trial, units, visited):
+                whole = [Unit(trial.id, number // self.shards, number % self.shards) for number in range(units)]
+                latest = [Unit(trial.id, units // self.shards, shard) for shard in visited]
+                self.accounts[trial.id] = Account(trial, whole[: units - len(visited)] + latest)
             case WorkerJoined(worker, shards):
                 self.holdings[worker] = shards
                 self.lost.pop(worker, None)

@@ -30,7 +30,7 @@ from cerebro_tune.errors import (
     TrialFailedError,
     UnknownMetricError,
 )
-from cerebro_tune.seat import seated
+from cerebro_tune.seat import Seat, seated
 from cerebro_tune_lightning import HopStrategy, ReseedCallback
 from runs import outliving
 from test_lightning_parity import assert_equal
@@ -395,7 +395,7 @@ def test_fits_in_threads_advance_side_by_side(tmp_path: Path) -> None:
         assert torch.load(path, weights_only=True)["hyper_parameters"]["lr"] == module_rate
 
 
-class Asked:
+class Asked(Seat):
     """A tuner's seat that answers reports by a script, and notes what it was asked and told."""
 
     metric, mode = "val_loss", "min"
@@ -499,7 +499,7 @@ def test_fits_that_share_a_run_agree_on_the_metric(executor: Cerebro) -> None:
     with ThreadPoolExecutor(1) as pool:
         one = pool.submit(fit, None, lightning_nets.Momentum(), *loaders(), trial=seat, max_epochs=1)
         trial, _ = seat.reports.get()
-        with pytest.raises(ConfigurationError, match=r"this one has \('fit', 'train_loss', 'min'\), the run"):
+        with pytest.raises(ConfigurationError, match=r"this one has \('train_loss', 'min'\), the run"):
             fit(executor, lightning_nets.Momentum(), *loaders(), metric="train_loss")
         run_of(executor).decide(trial, Decision.CONTINUE)
         one.result()
@@ -553,7 +553,7 @@ def test_other_things_that_are_refused(executor: Cerebro, tmp_path: Path) -> Non
     with pytest.raises(ConfigurationError, match=r"Momentum is compiled, .* in configure_model\(\)"):
         trainer.fit(torch.compile(lightning_nets.Momentum(), backend="eager"), *loaders())
     module.lock = threading.Lock()
-    with pytest.raises(NotPicklableError, match=r"module Momentum cannot be sent .* Make in setup\(\)"):
+    with pytest.raises(NotPicklableError, match=r"Momentum, or a callback .* cannot be sent .* Make in setup\(\)"):
         trainer.fit(module, *loaders())
     with pytest.raises(ConfigurationError, match="keep='none', but a fit gives its weights back"):
         fit(Cerebro(keep="none", run_dir=tmp_path), lightning_nets.Momentum(), *loaders())

@@ -16,6 +16,7 @@ from cerebro_tune.events import (
     TrialAdded,
     TrialCloned,
     TrialDecided,
+    TrialRestored,
     UnitFailed,
     UnitFinished,
     WorkerJoined,
@@ -28,6 +29,7 @@ from cerebro_tune.units import Decision, Shard, Status, Trial, Unit, WorkerId
 from hopper_oracle import Ledger, Model, PackedPolicy, snapshot
 
 ENDED = {Status.FINISHED, Status.STOPPED, Status.FAILED}
+CLONED = set(Status) - {Status.FINISHED, Status.STOPPED}
 PLACEMENTS = ("pinned", "shared", "replicas")
 
 
@@ -81,6 +83,8 @@ class HopperMachine(RuleBasedStateMachine):
                 self.model.added(trial)
             case TrialCloned(trial):
                 self.model.added(trial, committed)
+            case TrialRestored(trial, units):
+                self.model.added(trial, units)
             case TrialDecided(trial, decision):
                 self.model.decided(trial, decision)
             case UnitFinished(unit=unit):
@@ -110,12 +114,22 @@ class HopperMachine(RuleBasedStateMachine):
         sources = [
             trial
             for trial in self.hopper.trials
-            if self.hopper.status(trial) not in ENDED and self.hopper.progress(trial)[1] < epochs * self.shards
+            if self.hopper.status(trial) in CLONED and self.hopper.progress(trial)[1] < epochs * self.shards
         ]
         if sources and number < 12:
             source = data.draw(st.sampled_from(sources))
             self.tell(TrialCloned(Trial(f"t{number}", number, epochs), source))
             assert self.hopper.progress(f"t{number}")[1] == self.hopper.progress(source)[1]
+
+    @rule(data=st.data(), epochs=st.integers(1, 3))
+    def restore(self, data: st.DataObject, epochs: int) -> None:
+        number = len(self.hopper.trials)
+        units = data.draw(st.integers(0, epochs * self.shards - 1))
+        visited = frozenset(data.draw(st.permutations(range(self.shards)))[: units % self.shards])
+        if number < 12:
+            self.tell(TrialRestored(Trial(f"t{number}", number, epochs), units, visited))
+            assert self.hopper.progress(f"t{number}") == (units // self.shards, units, epochs * self.shards)
+            assert self.hopper.visited(f"t{number}") == visited
 
     @rule(data=st.data(), elapsed_s=st.floats(0, 10))
     @precondition(lambda self: self.ledger.open)
@@ -177,6 +191,9 @@ class HopperMachine(RuleBasedStateMachine):
             TrialDecided("nobody", Decision.CONTINUE),
             TrialCloned(Trial("new", 99, 9), "nobody"),
             TrialAdded(Trial("new", 99, 0)),
+            TrialRestored(Trial("new", 99, 1), self.shards, frozenset()),
+            TrialRestored(Trial("new", 99, 2), 0, frozenset({0})),
+            TrialRestored(Trial("new", 99, 2), self.shards, frozenset({self.shards})),
             WorkerLost(WorkerId(99)),
             WorkerStayedAway(WorkerId(99)),
             WorkerJoined(WorkerId(99), frozenset()),
@@ -196,7 +213,9 @@ class HopperMachine(RuleBasedStateMachine):
         for trial in self.hopper.trials:
             events.append(TrialAdded(Trial(trial, 99, 1)))
             if self.hopper.status(trial) in ENDED:
-                events += [TrialDecided(trial, Decision.CONTINUE), TrialCloned(Trial("new", 99, 99), trial)]
+                events.append(TrialDecided(trial, Decision.CONTINUE))
+            if self.hopper.status(trial) not in CLONED:
+                events.append(TrialCloned(Trial("new", 99, 99), trial))
             elif self.hopper.progress(trial)[1] >= self.shards:
                 events.append(TrialCloned(Trial("new", 99, 1), trial))
         return events

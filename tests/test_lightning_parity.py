@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import holding_nets
 import lightning_nets
 import unified_nets
 from cerebro_tune import Cerebro, Decision, ShardedDataset, VisitLoader
@@ -60,6 +61,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rates": ("Stepwise", {"callbacks": ("LearningRateMonitor", {}), "log_every_n_steps": 2}),
     "stopping": ("Momentum", {"callbacks": ("EarlyStopping", {"monitor": "val_loss", "stopping_threshold": 9.9})}),
     "waiting": ("Plateau", {"callbacks": ("EarlyStopping", {"monitor": "val_loss", "patience": 1, "min_delta": 9})}),
+    "holding": ("Holding", {}),
+    "by_hand": ("ByHand", {}),
+    "sharpness": ("Sharpness", {}),
+    "lookahead": ("LookingAhead", {}),
+    "late": ("Late", {}),
+    "sparse": ("Sparse", {}),
+    "keeping": ("Momentum", {"callbacks": ("Keeping", {})}),
     "boring": ("Boring", {}),
     "manual_boring": ("ManualBoring", {}),
     "transformer": ("Transformer", {}),
@@ -89,8 +97,13 @@ def row_of(row: str, nets: Any) -> tuple[Any, dict[str, Any]]:
     """The module class of a row, and the Trainer's arguments; each call makes callbacks of its own."""
     name, kwargs = ROWS[row]
     kind, options = kwargs.get("callbacks", (None, {}))
-    made = [] if kind is None else [getattr(nets, kind, None) or getattr(nets.pl.callbacks, kind)]
-    return getattr(nets, name), kwargs | {"callbacks": [*(each(**dict(options)) for each in made), nets.Recorder()]}
+    made = [] if kind is None else [found(nets, kind)]
+    return found(nets, name), kwargs | {"callbacks": [*(each(**dict(options)) for each in made), nets.Recorder()]}
+
+
+def found(nets: Any, name: str) -> Any:
+    """The class of this name, among those of the tests or Lightning's callbacks."""
+    return next(getattr(home, name) for home in (nets, holding_nets, nets.pl.callbacks) if hasattr(home, name))
 
 
 def plain_fit(
@@ -173,6 +186,7 @@ def test_hops_equal_a_plain_fit(
         if "hyper_parameters" not in expected:
             assert hopped.pop("hyper_parameters") == result.config
         assert_equal(hopped, expected)
+        assert_equal(kind.load_from_checkpoint(result.last_checkpoint).state_dict(), hopped["state_dict"])
         recorder = trainer.callbacks[-1]
         (recorded,) = (of for name, of in extras["attributes"].items() if name.endswith(".Recorder"))
         assert_equal(recorded, {name: vars(recorder)[name] for name in recorded})

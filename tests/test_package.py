@@ -30,9 +30,9 @@ def test_the_wheel_has_the_four_packages_and_their_types(tmp_path: Path) -> None
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("optuna", "optuna")])
-def test_a_missing_host_is_named_with_the_command(package: str, extra: str) -> None:
-    program = f"import importlib.util as u; u.find_spec = lambda name: None; import cerebro_tune_{package}"
+@pytest.mark.parametrize(("package", "extra", "name"), [("ray", "ray", "tune"), ("optuna", "optuna", "optimize")])
+def test_a_missing_host_is_named_with_the_command(package: str, extra: str, name: str) -> None:
+    program = f"import importlib.util as u; u.find_spec = lambda name: None; from cerebro_tune_{package} import {name}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stderr.strip().endswith(
         f'MissingHostError: {package} is not installed: pip install "cerebro-tune[{extra}]"'

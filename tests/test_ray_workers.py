@@ -30,7 +30,7 @@ from nets import Deep, Linear, Unhurried
 from runs import CONFIGS, outcome
 from trees import same
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 ON_ITS_OWN = {"CPU": 1, "apart": 1}
 """Of a worker that is to have a node for itself: only nodes that the tests here add are such."""
@@ -90,18 +90,18 @@ def test_equal_bits_on_ray_and_inline(options: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def nodes(ray_cluster: Any) -> Iterator[Callable[[], Any]]:
+def nodes(ray_session: Any) -> Iterator[Callable[[], Any]]:
     """Adds nodes with one CPU, which are gone when the test has ended."""
     added = []
 
     def add() -> Any:
-        added.append(ray_cluster.add_node(num_cpus=1, resources={"apart": 1}))
+        added.append(ray_session.add_node(num_cpus=1, resources={"apart": 1}))
         return added[-1]
 
     yield add
     for node in added:
-        if node in ray_cluster.worker_nodes:
-            ray_cluster.remove_node(node)
+        if node in ray_session.worker_nodes:
+            ray_session.remove_node(node)
 
 
 class Meddler:
@@ -144,7 +144,7 @@ def weights(results: Any) -> list[bytes]:
 
 def test_a_node_goes_and_a_node_comes(
     options: dict[str, Any],
-    ray_cluster: Any,
+    ray_session: Any,
     nodes: Callable[[], Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -158,7 +158,7 @@ def test_a_node_goes_and_a_node_comes(
 
     def lose_it() -> None:
         monkeypatch.setattr(late, 1.0)
-        ray_cluster.remove_node(doomed, allow_graceful=False)
+        ray_session.remove_node(doomed, allow_graceful=False)
 
     def bring_another() -> None:
         monkeypatch.setattr(late, 60.0)
@@ -217,8 +217,8 @@ def test_data_that_a_node_does_not_have_is_told_with_the_node(options: dict[str,
         ({"resources_per_worker": {"CPU": 0}}, "asks for nothing"),
         ({"devices": "cuda"}, "devices='cuda', workers_per_device=1: with backend=\"ray\" the resources say"),
         ({"workers_per_device": 2}, "workers_per_device=2"),
-        ({"workers": 99}, r"99 workers of \{'CPU': 1.0\} each .* has room for 2: CPU 2 on 1 node"),
-        ({"workers": 1, "resources_per_worker": {"TPU": 1}}, r"has room for 0: CPU 2"),
+        ({"workers": 99}, r"99 workers of \{'CPU': 1.0\} each .* has room for 4: CPU 4 on 1 node"),
+        ({"workers": 1, "resources_per_worker": {"TPU": 1}}, r"has room for 0: CPU 4"),
     ],
 )
 def test_what_cannot_be_had_is_told_at_once(options: dict[str, Any], changed: dict[str, Any], message: str) -> None:
@@ -228,8 +228,8 @@ def test_what_cannot_be_had_is_told_at_once(options: dict[str, Any], changed: di
 
 def test_as_many_workers_as_there_is_room_for(options: dict[str, Any]) -> None:
     asked = {"workers": None, "backend": "ray"}
-    assert Cerebro(**options | asked).devices == ("cpu", "cpu")
-    assert Cerebro(**options | asked | {"resources_per_worker": {"CPU": 0.5}}).devices == ("cpu",) * 4
+    assert Cerebro(**options | asked).devices == ("cpu",) * 4
+    assert Cerebro(**options | asked | {"resources_per_worker": {"CPU": 0.5}}).devices == ("cpu",) * 8
 
 
 SCRIPT = """
@@ -270,8 +270,8 @@ def test_ctrl_c_ends_with_the_results_so_far_and_ends_its_own_ray(train: Sharded
     assert psutil.wait_procs(children, timeout=5)[1] == []
 
 
-def test_a_killed_driver_leaves_nothing_on_the_cluster(ray_cluster: Any, train: ShardedDataset, tmp_path: Path) -> None:
-    with endless(ray_cluster.address, train, tmp_path) as process:
+def test_a_killed_driver_leaves_nothing_on_the_cluster(ray_session: Any, train: ShardedDataset, tmp_path: Path) -> None:
+    with endless(ray_session.address, train, tmp_path) as process:
         children = psutil.Process().children(recursive=True)
         workers = [child for child in children if "cerebro_tune.workers.child" in " ".join(child.cmdline())]
         assert len(workers) == 1

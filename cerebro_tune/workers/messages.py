@@ -69,7 +69,7 @@ class Task:
     """One unit to run: from the state in `committed` (None: from a fresh build) into `working`.
 
     Configs are cloudpickled; they may hold classes and functions of a script, and weights. That of a trial is sent to
-    a worker once: it is None in the tasks that follow.
+    a worker once, with the recipe of a trial that brings its own: both are None in the tasks that follow.
     """
 
     job: int
@@ -88,6 +88,7 @@ class Task:
     trained_under: bytes | None = None
     """The config the state was trained under, where it differs from `config`."""
     export: Export | None = None
+    recipe: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +192,18 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """The unit raised; `error` is the traceback as text."""
+    """The unit raised; `error` is the traceback as text, `kinds` are the classes that the exception is of."""
 
     worker: WorkerId
     job: int
     unit: Unit
     error: str
+    kinds: tuple[str, ...] = ()
+
+
+def kinds_of(error: BaseException) -> tuple[str, ...]:
+    """The names of the classes that an exception is of; its own class may not travel."""
+    return tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
 
 
 @dataclass(frozen=True, slots=True)

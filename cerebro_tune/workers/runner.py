@@ -24,7 +24,7 @@ from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
 from cerebro_tune.store import BufferCache, BufferRef, copy
 from cerebro_tune.trainable import Plan, Recipe, Trainable, UnitWork
 from cerebro_tune.units import WorkerId
-from cerebro_tune.workers.messages import Export, Finished, Forget, Message, Raised, Setup, Spans, Task
+from cerebro_tune.workers.messages import Finished, Forget, Message, Raised, Setup, Spans, Task, kinds_of
 
 T = TypeVar("T")
 
@@ -37,6 +37,8 @@ class UnitRunner:
         self._buffers = BufferCache()
         self._seats: dict[str, Trainable] = {}
         self._configs: dict[str, bytes] = {}
+        self._brought: dict[str, Recipe] = {}
+        """The recipes of trials that bring their own."""
         self._feed: Feed | None = None
 
     def setup(self, setup: Setup) -> None:
@@ -59,10 +61,12 @@ class UnitRunner:
     def run(self, task: Task) -> Finished:
         """Run one unit; whatever the user's code raises passes through.
 
-        A trial's config comes with the first of its units here.
+        A trial's config, and its recipe if it is not the run's, come with the first of its units here.
         """
         if task.config is not None:
             self._configs[task.unit.trial] = task.config
+        if task.recipe is not None:
+            self._brought[task.unit.trial] = cloudpickle.loads(task.recipe)
         unit = task.unit
         return self._surviving(lambda: self._run(task), f"{unit.trial} ran epoch {unit.epoch}, shard {unit.shard}")
 
@@ -118,7 +122,7 @@ class UnitRunner:
             )
         tree = trainable.state_dict()
         used, digest = self._write(task.unit.trial, working, tree)
-        best_written = task.export is not None and self._export(task.export, tree, metrics)
+        best_written = self._export(task, tree, metrics)
         return Finished(
             worker=self.worker,
             job=task.job,
@@ -148,6 +152,7 @@ class UnitRunner:
         """Let go of ended trials and freed buffers."""
         for trial in forget.trials:
             self._configs.pop(trial, None)
+            self._brought.pop(trial, None)
             if seat := self._seats.pop(trial, None):
                 seat.close()
         self._buffers.forget(forget.buffers)
@@ -158,10 +163,14 @@ class UnitRunner:
             seat.close()
         self._seats.clear()
         self._configs.clear()
+        self._brought.clear()
         if self._feed is not None:
             self._feed.release()
             self._feed = None
         self._buffers.close()
+
+    def _recipe_of(self, trial: str) -> Recipe:
+        return self._brought.get(trial, self._recipe)
 
     def _load(self, task: Task) -> tuple[Trainable, BufferRef | None]:
         """The task's trainable with the predecessor's state in it, and the working buffer that it lives in."""
@@ -172,7 +181,7 @@ class UnitRunner:
         began = monotonic()
         if trainable is None:
             seed_build(self._spec.seed, task.trial_index)
-            trainable = self._recipe.create()
+            trainable = self._recipe_of(trial).create()
             trainable.start(cloudpickle.loads(self._configs[trial]), self._plan(task))
             self._seats[trial] = trainable
         self._build_s = monotonic() - began
@@ -193,7 +202,7 @@ class UnitRunner:
             batch_size=task.batch_size,
             shard_rows=spec.shard_rows,
             device=self.device,
-            accumulate=self._recipe.accumulate,
+            accumulate=self._recipe_of(task.unit.trial).accumulate,
             shard_batches=self._data.batch_counts(task.batch_size),
             datamodule=None if self._data.data.module is None else self._data.data.module.module,
         )
@@ -224,12 +233,14 @@ class UnitRunner:
         used = state.write(layout, buffer)
         return used, state.digest(buffer, used)
 
-    def _export(self, export: Export, tree: Any, metrics: dict[str, float]) -> bool:
+    def _export(self, task: Task, tree: Any, metrics: dict[str, float]) -> bool:
         """Write the one checkpoint that is due, if one is; return whether it is the best."""
-        path, best = export.place(metrics)
+        if task.export is None:
+            return False
+        path, best = task.export.place(metrics)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._recipe.export(tree, path)
+            self._recipe_of(task.unit.trial).export(tree, path)
         return best
 
     def _synchronize(self) -> None:
@@ -255,8 +266,8 @@ def run_task(runner: UnitRunner, task: Task) -> Message:
     """Run a unit and turn what the user's code raises into a message."""
     try:
         return runner.run(task)
-    except (Exception, SystemExit):  # noqa: BLE001  # the traceback becomes the trial's error
-        return Raised(runner.worker, task.job, task.unit, traceback.format_exc())
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # the traceback becomes the trial's error
+        return Raised(runner.worker, task.job, task.unit, traceback.format_exc(), kinds_of(error))
 
 
 def _place(task: Task) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 from cerebro_tune.errors import ConfigurationError, TrialFailedError
 from cerebro_tune.executor import Cerebro
 from cerebro_tune.results import TrialResult
-from cerebro_tune.seat import Seat, current
+from cerebro_tune.seat import as_seat, current
 from cerebro_tune.settings import TrainAll
 from cerebro_tune.sharedrun import Caller
 from cerebro_tune_lightning import callbacks, told
@@ -36,14 +36,14 @@ class HopFit:
         host: str,
         given: Mapping[str, Any],
         executor: Cerebro | None,
-        seat: Seat | None,
+        trial: Any,
         metric: str | None,
     ) -> None:
         self.trainer, self._host, self._given = trainer, host, _sorted_out(given)
         self.module = given["model"]
-        self._seat = seat or current()
-        self._executor = executor if self._seat is None or executor is not None else self._seat.executor
         told.refuse(trainer, given)
+        self._seat = current() if trial is None else as_seat(trial, executor, metric or self._monitor())
+        self._executor = executor if self._seat is None or executor is not None else self._seat.executor
         self._back = HandBack(trainer, host, self._given)
         self._metric, self._mode = self._measure(metric)
 
@@ -82,35 +82,42 @@ class HopFit:
         fit = self._fit(log)
         config = {"fit": fit, "epochs": epochs, "batch_size": batch_size}
         states: list[dict[str, Any]] = []
-        caller = Caller(TrainAll().on_report if seat is None else seat.decide, states.append)
-        result = executor.train_one(FitRecipe(), config, caller=caller, metric=self._metric, mode=self._mode)
+        measured: dict[str, Any] = {"metric": self._metric, "mode": self._mode}
+        if seat is None:
+            caller = Caller(TrainAll().on_report, states.append)
+            result = executor.train_one(FitRecipe(), config, caller=caller, **measured)
+        else:
+            result = seat.train(FitRecipe(), config, states.append, **measured)
         fit.release()
         self.result = result = replace(result, config={**result.config, "fit": fit.name})
         if result.error is not None:
             name = type(self.module).__name__
             raise TrialFailedError(f"{result.trial_id}, a {name}, failed:\n{result.error}")
+        self._back.set_up(executor.seed)
         for state in states:  # none of a trial that was stopped before its first unit
-            self._back.take_up(state, executor.plan(epochs, batch_size), result)
+            if logged := self._back.take_up(state, executor.plan(epochs, batch_size), result):
+                log.hear(logged)
         self._back.close(stopped=result.status == "stopped")
+        self._back.show_data()
         if seat is not None:
             seat.conclude(result)
-        log.end("success", self._savers())  # one that fails is Lightning's to finalize
+        log.end("success", callbacks.savers(self.trainer.callbacks))  # one that fails is Lightning's to finalize
 
     def _fit(self, log: Log) -> Fit:
         name = type(self.module).__name__
         kwargs = told.trainer_kwargs(self.trainer, told.working_callbacks(self.trainer))
-        callbacks_given = pickled(kwargs, "What the Trainer was given as callbacks")
-        return Fit(pickled(self.module, f"The module {name}"), callbacks_given, name, log.hear)
+        return Fit(pickled((self.module, kwargs), f"The module {name}, or a callback of its Trainer,"), name, log.hear)
 
-    def _savers(self) -> list[Any]:
-        """The Trainer's ModelCheckpoint callbacks."""
-        return list(filter(None, (callbacks.checkpoint_callback([each]) for each in self.trainer.callbacks)))
+    def _monitor(self) -> str | None:
+        """What the first ModelCheckpoint monitors, if one does."""
+        savers = callbacks.savers(self.trainer.callbacks)
+        return next((str(saver.monitor) for saver in savers if saver.monitor is not None), None)
 
     def _measure(self, metric: str | None) -> tuple[str | None, str]:
         """What trials are compared by, and whether less of it is better."""
-        monitored = [saver for saver in self._savers() if saver.monitor is not None]
+        monitored = [saver for saver in callbacks.savers(self.trainer.callbacks) if saver.monitor is not None]
         seat = self._seat
-        chosen = metric or (None if seat is None else seat.metric) or (monitored[0].monitor if monitored else None)
+        chosen = metric or (None if seat is None else seat.metric) or self._monitor()
         mode = next((str(saver.mode) for saver in monitored if saver.monitor == chosen), "min")
         for other in {saver.monitor for saver in monitored} - {chosen}:
             warnings.warn(

@@ -20,7 +20,6 @@ from cerebro_tune_lightning.hopfit import HopFit
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro
     from cerebro_tune.results import TrialResult
-    from cerebro_tune.seat import Seat
 
 _HOSTS = ("pytorch_lightning", "lightning.pytorch")
 _BASE = "strategies.SingleDeviceStrategy"
@@ -32,7 +31,7 @@ class HopStrategy:
     Args:
         executor: The `Cerebro` that trains; None for the running tuner's, and without a tuner for one of this fit's
             own, with two workers. One that was made without data takes that of the first fit.
-        trial: The seat of the call, where a tuner's integration has not set it for this thread.
+        trial: What Optuna calls the objective with; a tuner that has set a seat for this thread needs none.
         metric: What trials are compared by; None for the tuner's, or the monitor of the Trainer's ModelCheckpoint.
 
     After `fit` the module has the trained weights, and the Trainer what a fit leaves behind: `callback_metrics`,
@@ -50,7 +49,7 @@ class HopStrategy:
         kind: type[HopStrategy] = with_bases(cls, hosts_in_use("HopStrategy"), _BASE)  # type: ignore[arg-type]  # it has a hash
         return object.__new__(kind)
 
-    def __init__(self, executor: Cerebro | None = None, trial: Seat | None = None, metric: str | None = None) -> None:
+    def __init__(self, executor: Cerebro | None = None, trial: Any = None, metric: str | None = None) -> None:
         super().__init__(device="cpu")  # type: ignore[call-arg]  # a host's
         self.executor, self.trial, self.metric = executor, trial, metric
 

@@ -7,13 +7,12 @@ sentence and not found out in the middle of a fit.
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from functools import cache, reduce
+from functools import cache
 from importlib import import_module
-from typing import Any
 
 from cerebro_tune.errors import MissingHostError
+from cerebro_tune.hosts import lacking
 
 TESTED = "2.6.0 to 2.6.6"
 _NEWEST = (2, 6)
@@ -45,6 +44,8 @@ _USED: dict[str, tuple[str, ...]] = {
     "trainer.connectors.data_connector._DataConnector.attach_data": (
         "model", "train_dataloaders", "val_dataloaders", "datamodule",
     ),
+    "trainer.connectors.data_connector._DataLoaderSource.dataloader": (),
+    "trainer.connectors.data_connector._DataLoaderSource.is_defined": (),
     "trainer.connectors.logger_connector.result._Metadata": ("fx", "name"),
     "trainer.connectors.logger_connector.result._ResultMetric": ("metadata", "is_tensor"),
     "trainer.connectors.logger_connector.result._Sync": (),
@@ -52,6 +53,7 @@ _USED: dict[str, tuple[str, ...]] = {
         "model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path",
     ),
     "trainer.trainer.Trainer._run_stage": (),
+    "utilities.combined_loader.CombinedLoader": ("iterables", "mode"),
     "utilities.model_helpers.is_overridden": ("method_name", "instance"),
 }  # fmt: skip
 """Where each lies below the host's package, and parameters that it must have."""
@@ -64,10 +66,9 @@ def check(host: str) -> None:
     One that is newer than the tested ones, and has all that is used, is warned about.
     """
     version = str(import_module(host).__version__)
-    lacking = [where for where, parameters in _USED.items() if not _has(host, where, parameters)]
-    if lacking:
+    if absent := lacking(host, _USED):
         raise MissingHostError(
-            f"{host} {version} lacks {', '.join(lacking)}, as this package uses it; it works with {TESTED}: "
+            f"{host} {version} lacks {', '.join(absent)}, as this package uses it; it works with {TESTED}: "
             f'pip install "{host.partition(".")[0].replace("_", "-")}>=2.6,<2.7".'
         )
     if tuple(int(part) for part in version.split(".")[:2]) > _NEWEST:
@@ -76,18 +77,3 @@ def check(host: str) -> None:
             "compare a trial with a plain Trainer.fit before you rely on it (cerebro_tune.verify_hop).",
             stacklevel=2,
         )
-
-
-def _has(host: str, where: str, parameters: tuple[str, ...]) -> bool:
-    try:
-        found = _find(host, where)
-    except (AttributeError, ModuleNotFoundError):
-        return False
-    return set(parameters) <= inspect.signature(found).parameters.keys()
-
-
-def _find(host: str, where: str) -> Any:
-    """The object at a dotted path whose first capital, or leading underscore, is where the modules end."""
-    parts = where.split(".")
-    end = next((i for i, part in enumerate(parts) if part != part.lower() or part.startswith("_")), len(parts) - 1)
-    return reduce(getattr, parts[end:], import_module(".".join([host, *parts[:end]])))

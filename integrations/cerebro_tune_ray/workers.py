@@ -49,6 +49,7 @@ from cerebro_tune.workers.messages import (
     RunSpec,
     Setup,
     Task,
+    kinds_of,
 )
 from cerebro_tune_ray.cluster import Cluster, Resources, checked, node_of, room
 from cerebro_tune_ray.copies import Copies
@@ -74,6 +75,8 @@ class _Seat:
     sent_s: float = 0.0
     """When the task was sent, by this machine's clock."""
     recipe: bytes = b""
+    brought: dict[str, bytes] = field(default_factory=dict)
+    """The recipes of trials that bring their own."""
     exporting: Lock = field(default_factory=Lock)
     empty: bool = False
     """Whether another has taken its place, or none: what is still said here is nobody's any more."""
@@ -135,8 +138,7 @@ class RayWorkers(Workers):
         seat = self._seats[worker]
         match order:
             case Setup():
-                self._buffers.close()  # the last run's
-                seat.copies.clear()
+                self._clear(seat)
                 seat.recipe = order.spec.recipe
                 seat.post.set_up.remote(self._shipped(order.spec), order.check, order.check_validation)
                 return
@@ -147,8 +149,9 @@ class RayWorkers(Workers):
                 self._buffers.forget(order.buffers)
                 for trial in order.trials:
                     seat.copies.discard(trial)
+                    seat.brought.pop(trial, None)
             case Rest():
-                seat.copies.clear()
+                self._clear(seat)
         seat.post.obey.remote(order)
 
     def wait(self, timeout_s: float | None = None) -> list[Message]:  # noqa: D102
@@ -224,6 +227,12 @@ class RayWorkers(Workers):
             self._spec = spec, ray.put(spec)
         return self._spec[1]
 
+    def _clear(self, seat: _Seat) -> None:
+        """The last run is over, whose buffers are gone and whose states the worker drops by itself."""
+        self._buffers.close()
+        seat.copies.clear()
+        seat.brought.clear()
+
     def _begin(self, seat: _Seat, task: Task) -> None:
         """Send a task, with the state that it begins with where the worker has not kept that."""
         trial = task.unit.trial
@@ -235,6 +244,8 @@ class RayWorkers(Workers):
             memory = self._buffers.open(task.committed).memory
             array = np.frombuffer(memory, np.uint8, task.committed_bytes)
         stale = [other for other in seat.copies.take_stale() if other != trial]
+        if task.recipe is not None:
+            seat.brought[trial] = task.recipe
         seat.task, seat.sent_s = task, monotonic()
         seat.post.obey.remote(task, array, stale)
 
@@ -276,11 +287,11 @@ class RayWorkers(Workers):
             try:
                 mine = Mapped.private(len(array))  # the array is read only, which tensors may not be
                 np.frombuffer(mine.memory, np.uint8)[:] = array
-                recipe: Recipe = cloudpickle.loads(seat.recipe)
+                recipe: Recipe = cloudpickle.loads(seat.brought.get(finished.unit.trial, seat.recipe))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 recipe.export(state.read(mine), path)
-            except Exception:  # noqa: BLE001  # as it would be in the unit
-                return Raised(finished.worker, finished.job, finished.unit, traceback.format_exc())
+            except Exception as error:  # noqa: BLE001  # as it would be in the unit
+                return Raised(finished.worker, finished.job, finished.unit, traceback.format_exc(), kinds_of(error))
         return replace(finished, best_written=best)
 
     # In: inside `wait`
@@ -304,7 +315,7 @@ class RayWorkers(Workers):
         try:
             working = self._grow(trial, finished.used)
         except StateMemoryError as error:
-            return Raised(finished.worker, finished.job, finished.unit, str(error))
+            return Raised(finished.worker, finished.job, finished.unit, str(error), kinds_of(error))
         np.frombuffer(self._buffers.open(working).memory, np.uint8)[: finished.used] = array
         seat.copies.add(trial, finished.digest, finished.used)
         # Clocks of nodes differ: the unit has ended now by ours, and what is not the worker's time is the hop's.

@@ -1,0 +1,59 @@
+"""Trials that a killed process has left RUNNING in a study: found again, and told.
+
+Every trial of ours notes which process trains it, and below which folder that writes its runs. A process of this
+machine that is gone will tell nothing any more. Of those on other machines nothing can be known here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from cerebro_tune.executor import Cerebro
+from cerebro_tune_optuna import versions
+
+PROCESS = "process"
+"""The user attribute that says who trains a trial."""
+_SAME_START_S = 1.0
+"""Start times of one process, as the system tells them, differ by less when the clock is set."""
+
+
+def runs_of(executor: Cerebro) -> Path:
+    """The folder below which the executor's runs write."""
+    return (Path("runs") if executor.run_dir is None else executor.run_dir).absolute()
+
+
+def this_process(executor: Cerebro) -> dict[str, Any]:
+    """What a trial notes."""
+    started, runs = psutil.Process().create_time(), str(runs_of(executor))
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "runs": runs}
+
+
+def tell(study: optuna.Study, executor: Cerebro) -> list[int]:
+    """Tell FAIL for what a killed process of this run directory has left behind; returns the numbers of the trials."""
+    here, told = this_process(executor), []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner = trial.user_attrs.get(PROCESS)
+        if owner is None or any(owner[key] != here[key] for key in ("host", "runs")) or _is_alive(owner):
+            continue
+        with suppress(UpdateFinishedTrialError):  # another process has found it, too
+            versions.note(study, trial, "error", f"process {owner['pid']}, which trained it, has been killed")
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            told.append(trial.number)
+    return told
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    try:
+        started = psutil.Process(owner["pid"]).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    return bool(abs(started - owner["started"]) < _SAME_START_S)

@@ -1,0 +1,358 @@
+"""Ray Tune's controller, of which only what runs a trial is replaced. Private to Ray, see `versions`.
+
+The searcher, the scheduler, callbacks, loggers, stoppers, the experiment's state and what becomes of a result are
+Ray's, unchanged; the methods below are those that would send for an actor. Where Ray waits for its actors, the run goes
+on.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune.tune
+from pyarrow.fs import LocalFileSystem
+from ray.exceptions import RayTaskError
+from ray.train._internal import session
+from ray.train._internal.session import _TrainingResult
+from ray.tune import Checkpoint
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialScheduler
+
+from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
+from cerebro_tune.seat import current
+from cerebro_tune_ray.horizons import horizon_warning
+from cerebro_tune_ray.promotion import PromotionASHA
+from cerebro_tune_ray.record import FOLDER, Record, Standing
+from cerebro_tune_ray.recorded import Recorded
+from cerebro_tune_ray.restoring import latest, rehearse, tell_searcher
+from cerebro_tune_ray.riders import Result, Riders, Snapshot
+from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
+from cerebro_tune_ray.score import Judged
+from cerebro_tune_ray.versions import TESTED, check
+
+_TICK_S = 0.2
+"""How often Ray gets to look at its clock, for time budgets, interrupts and progress."""
+
+_MARK = "_cerebro_calls"
+"""An attribute of the searcher: how many calls had been noted when its state was written."""
+
+Board = Callable[["HopController"], Riders]
+"""Makes the trials of a controller."""
+
+
+class HopController(TuneController):
+    """Ray's controller with trials that hop."""
+
+    _snapshots = False
+    """Whether Ray has written the experiment's state."""
+
+    def __init__(self, board: Board, **kwargs: Any) -> None:
+        scheduler = kwargs.get("scheduler") or FIFOScheduler()
+        _check_scheduler(scheduler)
+        self.compares = compares(scheduler) or isinstance(scheduler, PromotionASHA)
+        self._riders, self._told = board(self), Recorded(Judged(scheduler))
+        self._told.file = self._riders.file
+        self._resuming: list[Trial] = []
+        self._broken: Exception | None = None
+        self._record = self._open_record(kwargs["storage"], anew=kwargs.get("resume_config") is None)
+        super().__init__(**{**kwargs, "scheduler": self._told})
+        if self._broken is not None:  # which Ray logs, and begins anew
+            raise self._broken
+        self._told.record = self._riders.record = self._record
+        self._actor_manager = _NoActors(self._riders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        for name in ("_riders", "_told", "_resuming", "_broken", "_record", "compares"):
+            del state[name]
+        return state
+
+    # What outlives this process.
+
+    def _open_record(self, storage: Any, anew: bool) -> Record | None:
+        """The record in the experiment's folder, if that is on this machine."""
+        if not isinstance(storage.storage_filesystem, LocalFileSystem):
+            return None
+        folder = Path(storage.experiment_fs_path)
+        if anew:  # a folder of that name may have an experiment that is over
+            shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        executor = self._riders.executor
+        about = {"trainable": self._riders.name, "report_every": executor.report_every, "seed": executor.seed}
+        if executor.has_data:
+            about["shards"] = executor.train.num_shards
+        return Record(folder, about)
+
+    def save_to_dir(self) -> None:
+        """Ray's own, with a mark in the searcher's state that says up to which call it goes."""
+        vars(_innermost(self._search_alg))[_MARK] = 0 if self._record is None else self._record.count
+        super().save_to_dir()
+
+    def resume(self, resume_config: Any) -> None:
+        """Take up an experiment whose driver has died, with the scheduler as it was, and every trial where it was."""
+        try:
+            if self._record is None or not self._record.count:
+                raise ConfigurationError(
+                    f"The experiment in {self.experiment_path} has no record of its scheduler and trials, which lies "
+                    "in its folder where that is on this machine: it can go on in stock Ray, from its checkpoints."
+                )
+            self._scheduler_alg = FIFOScheduler()  # Ray adds the trials as if they were new
+            super().resume(resume_config)
+            self._scheduler_alg = self._told
+            self._take_up(self._record)
+        except Exception as error:
+            self._broken = error
+            raise
+
+    def snapshot_of(self, standing: Standing) -> Snapshot:
+        """What a scheduler that is told again what it was told may keep of a trial."""
+        return self._riders.snapshot_of(standing)
+
+    def _take_up(self, record: Record) -> None:
+        ended = {trial for trial in self._trials if trial.is_finished()}
+        known = {trial.trial_id: trial for trial in self._trials}
+        calls, told = record.calls(), getattr(_innermost(self._search_alg), _MARK, 0)
+        self._riders.started = len({call.trial for call in calls if call.kind == "start"})
+        rehearsal = rehearse(self, self._told, record, known)
+        tell_searcher(self._search_alg, calls[told:], {call.trial for call in calls[:told]})
+        for trial in ended:
+            if not trial.is_finished():  # stopped by no scheduler: by a time budget, say
+                trial.status = Trial.TERMINATED
+        sets = {
+            Trial.PENDING: self._pending_trials, Trial.RUNNING: self._pending_trials, Trial.PAUSED: self._paused_trials,
+            Trial.TERMINATED: self._stopped_trials, Trial.ERROR: self._failed_trials,
+        }  # fmt: skip
+        for each in (*sets.values(), self._running_trials, self._live_trials):
+            each.clear()
+        self._trials[:] = rehearsal.trials
+        for trial in self._trials:
+            sets[trial.status].add(trial)
+            if not trial.is_finished():
+                self._live_trials.add(trial)
+                if standing := latest(record, trial):
+                    self._riders.put_back(trial, standing)
+        self._riders.record = record
+        self._riders.clear_out(record.standings())
+        running = [trial for trial in self._trials if trial.status == Trial.RUNNING]
+        self._resuming = sorted(running, key=lambda trial: rehearsal.last[trial.trial_id])
+        for trial in running:
+            trial.status = Trial.PENDING
+        self._pending_trials_list = [trial for trial in self._trials if trial in self._pending_trials]
+
+    # What sends for actors in Ray's own.
+
+    def _maybe_add_actors(self) -> None:
+        """Start trials for as long as there is room among the live ones; first those that ran when the driver died."""
+        while self._resuming:
+            self._start(self._resuming.pop(0))
+        while len(self._running_trials) < self._riders.executor.live_trials:
+            trial = self._next_to_run()
+            if trial is not None:
+                self._start(trial)
+                continue
+            known = len(self._trials)
+            self._maybe_update_trial_queue()
+            if len(self._trials) == known:
+                break
+        if self._search_alg.is_finished() and not self._pending_trials:
+            self._riders.end_search()
+        if not self._snapshots and self._running_trials:
+            self._snapshots = True
+            self.checkpoint(force=True, wait=True)  # whoever dies from here on can be restored
+
+    def _next_to_run(self) -> Trial | None:
+        chosen = self._scheduler_alg.choose_trial_to_run(self._wrapped())
+        if chosen is not None and chosen.status in (Trial.PENDING, Trial.PAUSED):
+            return chosen
+        # As in Ray's own: what is pending runs, whether a scheduler asks for it or not.
+        while self._pending_trials_list and self._pending_trials_list[0] not in self._pending_trials:
+            self._pending_trials_list.pop(0)
+        return next(iter(self._pending_trials_list), None)
+
+    def _start(self, trial: Trial) -> None:
+        self._set_trial_status(trial, Trial.PENDING)
+        trial.init_local_path()
+        self._callbacks.on_trial_start(iteration=self._iteration, trials=self._trials, trial=trial)
+        self._set_trial_status(trial, Trial.RUNNING)
+        self._live_trials.add(trial)
+        self._mark_trial_to_checkpoint(trial)
+        self._told.started(trial)
+        checkpoints = trial.run_metadata.checkpoint_manager
+        latest, snapshot = checkpoints.latest_checkpoint_result, None
+        if latest is not None and isinstance(latest.checkpoint, Snapshot):
+            checkpoints._latest_checkpoint_result = checkpoints.best_checkpoint_result
+            snapshot = latest.checkpoint
+        try:
+            self._riders.start(trial, snapshot)
+        except ConfigurationError as error:  # of this trial's config
+            self._trial_task_failure(trial, error)
+
+    def _schedule_trial_train(self, trial: Trial) -> None:
+        self._riders.go_on(trial)
+
+    def _schedule_trial_pause(self, trial: Trial, should_checkpoint: bool = True) -> None:
+        snapshot = self._riders.pause(trial)
+        self._set_trial_status(trial, Trial.PAUSED)
+        if snapshot is not None and should_checkpoint:
+            result = _TrainingResult(checkpoint=snapshot, metrics=trial.last_result)
+            trial.run_metadata.checkpoint_manager._latest_checkpoint_result = result
+
+    def _schedule_trial_stop(self, trial: Trial, exception: Exception | None = None) -> None:
+        if exception is None and trial.status == Trial.PAUSED and _at_end(trial) and self._riders.has_state(trial):
+            self._write_checkpoint(trial)  # it has had its last report
+        super()._schedule_trial_stop(trial, exception)
+        self._riders.stop(trial)
+        checkpoints = trial.run_metadata.checkpoint_manager
+        if checkpoints.latest_checkpoint_result and isinstance(trial.checkpoint, Snapshot):
+            checkpoints._latest_checkpoint_result = checkpoints.best_checkpoint_result
+        self._mark_trial_to_checkpoint(trial)
+
+    def _schedule_trial_save(self, trial: Trial, result: Mapping[str, Any] | None = None) -> Snapshot | None:
+        """The state that a scheduler wants to keep, which costs nothing; files are written by `_write_checkpoint`."""
+        return self._riders.snapshot(trial)
+
+    def _checkpoint_trial_if_needed(self, trial: Trial, force: bool = False) -> None:
+        due = force or trial.should_checkpoint() or (trial.last_result.get("done") and _at_end(trial))
+        if due and self._riders.has_state(trial):
+            self._write_checkpoint(trial)
+
+    def _schedule_trial_export(self, trial: Trial) -> None:
+        if trial.export_formats:
+            self._riders.export_model(trial)
+
+    def _cleanup_trials(self) -> None:
+        self._told.record = self._riders.record = None  # what is stopped here may go on another time
+        if self._record is not None:
+            self._record.close(over=self.is_finished())
+        for trial in list(self._running_trials):
+            self._schedule_trial_stop(trial)
+        self._riders.close()
+
+    # What the trials tell.
+
+    def begun(self, shards: int, report_every: str) -> None:
+        """The run has begun: what counts units and looks as if epochs were meant is told."""
+        stop = self._trials[0].stopping_criterion or self._stopper
+        told = horizon_warning(self._told.scheduler.scheduler, stop, shards=shards, report_every=report_every)
+        if told is not None:
+            warnings.warn(told, stacklevel=2)
+
+    def reported(self, trial: Trial, result: Result) -> None:
+        """A trial reports: Ray decides, and may start others at once."""
+        self._on_training_result(trial, result)
+        self._maybe_update_trial_queue()
+        self._maybe_add_actors()
+
+    def failed(self, trial: Trial, error: str) -> None:
+        """A trial cannot go on: Ray notes it, and may want it tried again."""
+        cause = TrialFailedError(error.strip().rpartition("\n")[2])
+        self._trial_task_failure(trial, RayTaskError("train", error, cause))
+
+    def diverged(self, trial: Trial, result: Result) -> None:
+        """A trial's loss is no number any more: to Ray it is done, with no score, and no error that ends the search."""
+        lost = {name: math.nan for name in (self._metric, "train_loss") if name is not None}
+        self._on_training_result(trial, result | lost | {"done": True})
+
+    def ended(self, trial: Trial) -> None:
+        """A trial has ended by itself: for Ray its last report was that of a trial that is done."""
+        trial.last_result["done"] = True
+        self._checkpoint_trial_if_needed(trial)
+        self.stop_trial(trial)
+
+    def _write_checkpoint(self, trial: Trial) -> None:
+        """Write the trial's state as Ray writes what an actor saves, and tell whoever wants to know."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._riders.export(trial, Path(folder))
+            trial.storage._update_checkpoint_index(trial.last_result)
+            kept = trial.storage.persist_current_checkpoint(Checkpoint.from_directory(folder))
+            trial.storage.current_checkpoint_index -= 1  # Trial.on_checkpoint counts it
+        self._process_trial_save(trial, _TrainingResult(checkpoint=kept, metrics=dict(trial.last_result)))
+        self._callbacks.on_trial_save(iteration=self._iteration, trials=self._trials, trial=trial)
+
+
+def _check_scheduler(scheduler: TrialScheduler) -> None:
+    if isinstance(scheduler, ResourceChangingScheduler):
+        raise ConfigurationError(
+            "ResourceChangingScheduler changes what each trial's own processes may use, and by hops trials have no "
+            "processes of their own: give its base_scheduler, and set workers= or resources_per_worker= of Cerebro."
+        )
+    check_lengths(scheduler)
+    if unknown := lacking(scheduler):
+        raise MissingHostError(
+            f"{type(scheduler).__name__} of Ray {ray.__version__} keeps no {', '.join(unknown)}, which is read to find "
+            f'its rungs; this package works with {TESTED}: pip install "ray[tune]=={TESTED}.*".'
+        )
+
+
+def _innermost(search_alg: Any) -> Any:
+    """The searcher within its wrappers, whose attributes are its state."""
+    while hasattr(search_alg, "searcher"):
+        search_alg = search_alg.searcher
+    return search_alg
+
+
+def _at_end(trial: Trial) -> bool:
+    """Whether the trial leaves its weights behind: unless it is told not to."""
+    return trial.run_metadata.checkpoint_manager.checkpoint_config.checkpoint_at_end is not False
+
+
+class _NoActors:
+    """Stands where Ray's controller has its actors: while it would wait for them, the run goes on."""
+
+    num_live_actors = 1
+    num_pending_actors = 0
+
+    def __init__(self, riders: Riders) -> None:
+        self._riders = riders
+
+    def next(self, timeout: float | None = None) -> bool:
+        self._riders.wait(_TICK_S)
+        return True
+
+    def get_live_actors_resources(self) -> dict[str, float]:
+        return {}
+
+
+# How a call of Ray's gets this controller.
+
+_board: ContextVar[Board | None] = ContextVar("board", default=None)
+
+
+def _make_controller(**kwargs: Any) -> TuneController:
+    board = _board.get()
+    return TuneController(**kwargs) if board is None else HopController(board, **kwargs)
+
+
+class _Sessions:
+    """Stands for Ray's session of a function trainable, which is one per process: here it is the call of the thread."""
+
+    def __bool__(self) -> bool:
+        return current() is not None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(current(), name)
+
+
+@contextmanager
+def hopping(board: Board) -> Iterator[None]:
+    """Within, `ray.tune.run` on this thread runs its trials on this board."""
+    check()
+    ray.tune.tune.TuneController = _make_controller
+    if session._session is None:
+        session._session = _Sessions()
+    token = _board.set(board)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consider boosting PBT performance")  # there are no actors to reuse
+            yield
+    finally:
+        _board.reset(token)

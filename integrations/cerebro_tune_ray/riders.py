@@ -1,0 +1,485 @@
+"""Ray's trials as trials of a run: what the controller tells of them, and what it hears.
+
+A trial of Ray is one trial of the run for as long as its state is its own. An exploit, or a retry after an error, is a
+clone that takes its place; what a scheduler holds of a trial's past is a clone too, which stands paused: `Snapshot`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from time import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pyarrow.fs import LocalFileSystem
+from ray.tune import Checkpoint
+from ray.tune.experiment import Trial
+
+from cerebro_tune.errors import NonFiniteLossError
+from cerebro_tune.policy import abreast
+from cerebro_tune.results import TrialResult
+from cerebro_tune.trainable import Config, Recipe
+from cerebro_tune.units import Decision
+from cerebro_tune_ray.record import Record, Standing, plain_config
+
+if TYPE_CHECKING:
+    from cerebro_tune.executor import Cerebro
+    from cerebro_tune.run import Run
+
+Result = dict[str, Any]
+LetGo = deque[tuple[str | None, str | None]]
+"""Trials of the run, and files of states, that snapshots have held."""
+
+
+class Controller(Protocol):
+    """What hears of the trials: Ray's loop."""
+
+    compares: bool
+    """Whether its scheduler compares trials, which are to advance side by side then."""
+
+    def begun(self, shards: int, report_every: str) -> None:
+        """The run has begun, and the data is known."""
+
+    def reported(self, trial: Trial, result: Result) -> None:
+        """The trial, which is running, reports; its state stands still until one of the orders is given."""
+
+    def failed(self, trial: Trial, error: str) -> None:
+        """The trial cannot go on; it may be started again, from its last good state."""
+
+    def diverged(self, trial: Trial, result: Result) -> None:
+        """The trial's loss is NaN or infinite; `result` is what it had last."""
+
+    def ended(self, trial: Trial) -> None:
+        """The trial has ended by itself after its last report."""
+
+
+@dataclass
+class Rider:
+    """What is known of one of Ray's trials."""
+
+    trial: Trial
+    hop: str | None = None
+    """Its trial of the run: None before its first start, and after it failed without a unit behind it."""
+    index: int | None = None
+    """Its number among the trials that were started, which its random numbers come from, whatever takes its place."""
+    config: Config = field(default_factory=dict)
+    """What `hop` was given."""
+    iteration: int = 0
+    time_s: float = 0.0
+    parked: bool = False
+    """Whether Ray has paused it between two reports: the next one waits until it is started again."""
+    waiting: Callable[[], Result] | None = None
+    """Makes the result that waits."""
+    file: str | None = None
+    """Where its state lies on disk, as of its last report."""
+    back: Standing | None = None
+    """Where it stood in a run that is over, from which its next start brings it back."""
+
+
+class Riders:
+    """All of Ray's trials that were started. Called on Ray's thread, which also drives the run."""
+
+    def __init__(self, executor: Cerebro, recipe: Recipe | None, controller: Controller) -> None:
+        self.executor = executor
+        self._recipe, self._controller = recipe, controller
+        self._run: Run | None = None
+        self._riders: dict[str, Rider] = {}
+        self._owners: dict[str, Rider] = {}
+        """By id of the run's trial; snapshots, and what nobody wants any more, have none."""
+        self._deciding: str | None = None
+        self._answer: Decision | None = None
+        self._search_ended = False
+        self.started = 0
+        """Trials of Ray's that were started, in all."""
+        self._let_go: LetGo = deque()
+        self.record: Record | None = None
+        """Where what is needed after the death of this process is noted."""
+        self._kept: Counter[str] = Counter()
+        """Files that snapshots hold."""
+        self._spent: list[str] = []
+        """Files that are needed no more when what has come after them is noted."""
+
+    # What Ray orders.
+
+    def start(self, trial: Trial, snapshot: Snapshot | None) -> None:
+        """Let a trial run: from a snapshot, from where it stands, or from its beginning.
+
+        A config that is not the one it was started with takes effect in its next unit.
+        """
+        rider = self._riders.setdefault(trial.trial_id, Rider(trial))
+        rider.parked = False
+        if snapshot is not None:
+            rider.iteration, rider.time_s = snapshot.iteration, snapshot.time_s
+        self._set_out(rider, snapshot)
+        if rider.waiting is not None:
+            assert rider.hop is not None, "it has reported"
+            hop, make, rider.waiting = rider.hop, rider.waiting, None
+            answer = self._ask(rider, hop, make)
+            if answer is not None:
+                self._settle(hop, answer)
+
+    def go_on(self, trial: Trial) -> None:
+        """Let the trial run its next unit."""
+        self._order(self._riders[trial.trial_id].hop, Decision.CONTINUE)
+
+    def pause(self, trial: Trial) -> Snapshot | None:
+        """Let the trial stand; its state now, unless it is in the middle of a unit."""
+        rider = self._riders[trial.trial_id]
+        if rider.hop is None or rider.hop != self._deciding:
+            rider.parked = True
+            return None
+        self._answer = Decision.PAUSE
+        return self.snapshot(trial)
+
+    def stop(self, trial: Trial) -> None:
+        """Let go of the trial."""
+        if rider := self._riders.get(trial.trial_id):
+            self._replace(rider, None)
+            if rider.file is not None:
+                self._spend(rider.file)
+                rider.file = None
+                self._settle_record()
+
+    def snapshot(self, trial: Trial) -> Snapshot | None:
+        """The trial's state now, by reference; None before its first unit, and after its last."""
+        rider = self._riders[trial.trial_id]
+        if rider.hop is None or not self.run.units_left(rider.hop):
+            return None
+        return self._snapshot(rider, rider.hop)
+
+    @property
+    def name(self) -> str:
+        """Of what is trained."""
+        assert self._recipe is not None, "known"
+        return self._recipe.name
+
+    def file(self, trial: Trial) -> str | None:
+        """Where the state that the trial reports from lies on disk."""
+        rider = self._riders.get(trial.trial_id)
+        return None if rider is None else rider.file
+
+    def next_index(self) -> int:
+        """The number of the trial that is started next."""
+        self.started += 1
+        return self.started - 1
+
+    def put_back(self, trial: Trial, standing: Standing) -> None:
+        """Have a trial of a run that is over go on from where it stood, when it is started."""
+        rider = self._riders[trial.trial_id] = Rider(trial, back=standing, index=standing.index, file=standing.file)
+        rider.iteration, rider.time_s = standing.iteration, standing.time_s
+
+    def export(self, trial: Trial, folder: Path) -> None:
+        """Write the trial's state as a checkpoint."""
+        hop = self._riders[trial.trial_id].hop
+        assert hop is not None, "it has reported"
+        self._write(self.run.state(hop), folder)
+
+    def export_model(self, trial: Trial) -> None:
+        """Ray's `export_formats` are for class-API trainables; the others leave checkpoints."""
+
+    def has_state(self, trial: Trial) -> bool:
+        """Whether there is something to `export`."""
+        rider = self._riders.get(trial.trial_id)
+        return rider is not None and rider.hop is not None
+
+    def wait(self, timeout_s: float) -> None:
+        """Let the run go on until something has happened, or the time has passed."""
+        self.run.turn(timeout_s)
+        while self._let_go:
+            hop, file = self._let_go.popleft()
+            if hop is not None:
+                self.run.stop(hop)
+            if file is not None:
+                self._kept[file] -= 1
+                self._spend(file)
+
+    def end_search(self) -> None:
+        """No more trials will come, so that those there are are trained in the order that ends soonest."""
+        if self._run is not None and not self._search_ended:
+            self._run.end_search()
+            self._search_ended = True
+
+    def close(self) -> None:
+        """End the run, whatever is still going on in it."""
+        if self._run is not None:
+            self._owners.clear()
+            self.executor.give_up(self._run)
+            self._run = None
+
+    # What the run tells, as its tuner.
+
+    def on_report(self, trial_id: str, report: Mapping[str, Any]) -> Decision | None:
+        """Hand the report to Ray, and answer with what Ray orders."""
+        rider = self._owners.get(trial_id)
+        if rider is None:  # stopped while it ran this unit
+            return Decision.STOP
+        return self._hear(rider, trial_id, lambda: self._result(rider, report))
+
+    def on_end(self, result: TrialResult) -> None:
+        """Tell Ray of a trial that has ended otherwise than by its order."""
+        rider = self._owners.pop(result.trial_id, None)
+        if rider is None:
+            return
+        error = result.error or ""
+        if result.status == "failed":
+            rider.hop = None
+        if result.status == "failed" and error.strip().rpartition("\n")[2].startswith(_DIVERGED):
+            self._controller.diverged(rider.trial, filled(rider, dict(result.last_metrics), 0.0))
+        elif result.status == "failed":
+            self._controller.failed(rider.trial, error)
+            if rider.trial.status == Trial.PENDING and result.visits:
+                self._replace(rider, self._keep(result.trial_id, rider.index))
+        else:
+            self._controller.ended(rider.trial)
+            rider.hop = None
+
+    # Within.
+
+    @property
+    def run(self) -> Run:
+        """The run, which begins with the first call that needs it."""
+        if self._run is None:
+            assert self._recipe is not None, "known"
+            self._begin(self._recipe, keep="none")  # files are written when Ray asks for them
+        assert self._run is not None, "begun"
+        return self._run
+
+    def _begin(self, recipe: Recipe, **options: Any) -> None:
+        self._recipe = recipe
+        policy = abreast(self.executor.policy) if self._controller.compares else None
+        self._run = self.executor.run(recipe, self, policy=policy, hosted=True, **options)
+        self._run.begin()
+        self._controller.begun(self._shards, self.executor.report_every)
+
+    @property
+    def _shards(self) -> int:
+        return self.executor.train.num_shards
+
+    def _write(self, state: Any, folder: Path) -> None:
+        assert self._recipe is not None, "it has made the state"
+        self._recipe.export(state, folder / f"checkpoint{self._recipe.suffix}")
+
+    def _given(self, rider: Rider, config: Config) -> Config:
+        """The config as the run's trial gets it."""
+        return config
+
+    def _set_out(self, rider: Rider, snapshot: Snapshot | None) -> None:
+        """Have the trial's next unit run, if it is not to be heard before."""
+        config = dict(rider.trial.config)
+        if snapshot is not None:
+            self._replace(rider, self.run.clone(self._hop_of(snapshot, rider), self._given(rider, config), rider.index))
+            self._stand(rider, config)
+        elif rider.back is not None:
+            rider.config = rider.back.config or config
+            self._replace(rider, self._bring_back(rider.back, self._given(rider, rider.config)))
+            rider.back = None
+            self._set_out(rider, None)
+            return
+        elif rider.hop is None:
+            rider.index = self.next_index() if rider.index is None else rider.index
+            self._replace(rider, self.run.add(self._given(rider, config), index=rider.index))
+        elif config != rider.config:
+            self._replace(rider, self.run.clone(rider.hop, self._given(rider, config), rider.index))
+        elif rider.waiting is None:
+            self._order(rider.hop, Decision.CONTINUE)
+        rider.config = config
+
+    def _hop_of(self, snapshot: Snapshot, rider: Rider) -> str:
+        """The trial of the run that a snapshot holds; one of a run that is over is brought back."""
+        if snapshot.hop is None:
+            given = self._given(rider, snapshot.noted.config or dict(rider.trial.config))
+            snapshot.hold(self._bring_back(snapshot.noted, given), self._let_go)
+        assert snapshot.hop is not None, "held"
+        return snapshot.hop
+
+    def _bring_back(self, standing: Standing, given: Config) -> str:
+        assert self.record is not None, "it is from there"
+        path = self.record.folder / standing.file
+        return self.run.restore(given, path, standing.units, standing.visited, standing.index)
+
+    def _snapshot(self, rider: Rider, hop: str) -> Snapshot:
+        if rider.file is not None:
+            self._kept[rider.file] += 1
+        snapshot = Snapshot(rider.iteration, rider.time_s, rider.file)
+        return snapshot.hold(self._keep(hop), self._let_go)
+
+    def _stand(self, rider: Rider, config: Config) -> None:
+        """Write the trial's state where it outlives this process; it is noted with the next call to the scheduler."""
+        if self.record is None or rider.hop is None or not self.run.units_left(rider.hop):
+            return
+        path, trial = self.record.new_file(rider.trial.trial_id), rider.trial.trial_id
+        units, visited = self.run.progress(rider.hop)
+        self.run.save(rider.hop, path)
+        assert rider.index is not None, "it runs"
+        place = units, visited, rider.iteration, rider.time_s, rider.index
+        self.record.stand(Standing(trial, path.name, *place, plain_config(config)))
+        if rider.file is not None:
+            self._spend(rider.file)
+        rider.file = path.name
+
+    def snapshot_of(self, standing: Standing) -> Snapshot:
+        """Where a trial stood in a run that is over, for as long as somebody refers to it."""
+        self._kept[standing.file] += 1
+        return Snapshot.of(standing).watched(self._let_go)
+
+    def clear_out(self, files: Iterable[str]) -> None:
+        """Let go of those of these files that nobody may go back to."""
+        self._spent += files
+        self._settle_record()
+
+    def _spend(self, file: str) -> None:
+        self._spent.append(file)
+
+    def _settle_record(self) -> None:
+        """What is to be noted is noted: files that came before are needed no more."""
+        if self.record is None:
+            return
+        self.record.settle()
+        inuse = {rider.file for rider in self._riders.values()}
+        for file in self._spent:
+            if file not in inuse and self._kept[file] <= 0:
+                self.record.forget(file)
+        self._spent.clear()
+
+    def _hear(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
+        """Hand Ray a result now, or, of a trial that Ray has paused, when it is started again."""
+        if rider.parked:
+            rider.waiting = make
+            return None
+        return self._ask(rider, hop, make)
+
+    def _ask(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
+        self._deciding, self._answer = hop, None
+        try:
+            result = make()
+            self._stand(rider, rider.config)
+            self._controller.reported(rider.trial, result)
+            self._settle_record()
+        finally:
+            self._deciding = None
+        return self._answer
+
+    def _result(self, rider: Rider, report: Mapping[str, Any]) -> Result:
+        """A report with all that Ray's trainables fill in."""
+        rider.iteration += 1
+        assert rider.hop is not None, "it reports"
+        result = filled(rider, dict(report), sum(report[name] for name in TIMES))
+        result["done"] = result["done"] or not self.run.units_left(rider.hop)
+        return result
+
+    def _order(self, hop: str | None, decision: Decision) -> None:
+        if hop == self._deciding:
+            self._answer = decision
+        elif hop is not None:
+            self._settle(hop, decision)
+
+    def _settle(self, hop: str, decision: Decision) -> None:
+        """Answer a report that has waited, or speak of a trial out of turn."""
+        self.run.decide(hop, decision)
+
+    def _replace(self, rider: Rider, hop: str | None) -> None:
+        """Give a trial another trial of the run, or none, and end the one it had."""
+        before, rider.hop, rider.waiting = rider.hop, hop, None
+        if hop is not None:
+            self._owners[hop] = rider
+        if before in self._owners:
+            del self._owners[before]
+            self._order(before, Decision.STOP)
+
+    def _keep(self, hop: str, index: int | None = None) -> str:
+        """A clone that stands paused."""
+        clone = self.run.clone(hop, index=index)
+        self.run.pause(clone)
+        return clone
+
+
+_DIVERGED = f"{NonFiniteLossError.__module__}.{NonFiniteLossError.__name__}"
+TIMES = ("unit_time_s", "hop_time_s", "validation_time_s")
+
+
+def filled(rider: Rider, result: Result, elapsed_s: float) -> Result:
+    """A result with all that Ray's own trainables fill in, where it is not there already."""
+    rider.time_s += elapsed_s
+    now = time()
+    own = {
+        "training_iteration": rider.iteration,
+        "trial_id": rider.trial.trial_id,
+        "date": f"{datetime.fromtimestamp(now):%Y-%m-%d_%H-%M-%S}",
+        "timestamp": int(now),
+        "time_this_iter_s": elapsed_s,
+        "time_total_s": rider.time_s,
+        "time_since_restore": rider.time_s,
+        "iterations_since_restore": rider.iteration,
+        "pid": os.getpid(),
+        "hostname": platform.node(),
+        "node_ip": _ADDRESS,
+        "config": rider.trial.config,
+        "done": False,
+    }
+    return own | result | {"training_iteration": rider.iteration}
+
+
+def _address() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+_ADDRESS = _address()
+
+
+class Snapshot(Checkpoint):
+    """A trial's state as it was, held in the run for as long as somebody refers to this; copies are one and the same.
+
+    It takes the place of a Checkpoint where a scheduler keeps one of a trial that others may exploit, and is no folder.
+    One of a run that is over has a `standing`, until it is wanted and held.
+    """
+
+    hop: str | None = None
+    standing: Standing | None = None
+    _watch: weakref.finalize[Any, Any] | None = None
+
+    def __init__(self, iteration: int, time_s: float, file: str | None) -> None:
+        super().__init__("snapshot", LocalFileSystem())
+        self.iteration, self.time_s, self._file = iteration, time_s, file
+
+    @classmethod
+    def of(cls, standing: Standing) -> Snapshot:
+        """Where a trial stood in a run that is over."""
+        snapshot = cls(standing.iteration, standing.time_s, standing.file)
+        snapshot.standing = standing
+        return snapshot
+
+    @property
+    def noted(self) -> Standing:
+        """Where the trial stood, of a snapshot that holds none yet."""
+        assert self.standing is not None, "it holds a trial of the run"
+        return self.standing
+
+    def hold(self, hop: str, let_go: LetGo) -> Snapshot:
+        """Hold this trial of the run; it is left in `let_go` when nobody refers to the snapshot any more."""
+        self.hop = hop
+        return self.watched(let_go)
+
+    def watched(self, let_go: LetGo) -> Snapshot:
+        """Leave what this holds by then in `let_go` when nobody refers to it any more."""
+        if self._watch is not None:
+            self._watch.detach()
+        # Whichever thread collects this must not call into the run, which may be in the middle of something.
+        self._watch = weakref.finalize(self, let_go.append, (self.hop, self._file))
+        self._watch.atexit = False
+        return self
+
+    def __copy__(self) -> Snapshot:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Checkpoint, (self.path, self.filesystem)  # what it holds does not outlive this process
