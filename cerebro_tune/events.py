@@ -51,6 +51,13 @@ class WorkerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStayedAway:
+    """A worker that was lost has not come back, and may never: the others do its part until it joins again."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
 class UnitFinished:
     """A worker trained one unit of its job to the end, in `elapsed_s` seconds."""
 
@@ -87,6 +94,7 @@ Event: TypeAlias = (
     | TrialRestored
     | WorkerJoined
     | WorkerLost
+    | WorkerStayedAway
     | UnitFinished
     | UnitFailed
     | TrialDecided

@@ -15,8 +15,6 @@ from typing import Any
 from cerebro_tune.arguments import (
     at_least,
     check_rows,
-    cores,
-    devices_of,
     edited_since,
     listed,
     new_folder,
@@ -40,7 +38,7 @@ from cerebro_tune.signals import interruptible
 from cerebro_tune.store import StateStore
 from cerebro_tune.trainable import Config, Plan, Recipe, as_recipe
 from cerebro_tune.units import Units
-from cerebro_tune.workers.base import Workers, make_workers, ship
+from cerebro_tune.workers.base import Workers, backend_of, ship
 from cerebro_tune.workers.messages import RunSpec
 
 
@@ -63,11 +61,13 @@ class Cerebro:
             unless that is False. `batch_sampler` is called as torch's BatchSampler, (rows, batch_size, drop_last), for
             each shard. `last_batch`: "spread" (near-equal batches), "keep" (a short last one) or "drop". `transform` is
             called with each batch. `on_row_error`: "raise" or "skip". Of tables: `columns`, `as_dict`.
-        workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU.
+        workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU; on a Ray that
+            runs, as many as fit.
         devices: "auto", or torch devices: "cpu", "cuda", ["cuda:0", "cuda:1"].
-        backend: "local" (a process per worker) or "inline" (this process: for debugging).
+        backend: "local" (a process per worker), "inline" (this process: for debugging) or "ray" (on a Ray cluster).
+        resources_per_worker: Of backend "ray"; None for {"CPU": 1}. With a share of a GPU a worker computes there.
         placement: "shared": every worker holds every shard; "pinned": shard i belongs to worker i mod n, so that every
-            unit hops; "auto": shared, since all workers of a machine map the same files.
+            unit hops; "auto": shared on one machine, since all its workers map the same files, and pinned on several.
         live_trials: How many trials train side by side; None is twice the workers.
         policy: "auto", "random" (the paper's), "fixed" (the run repeats exactly), or a `cerebro_tune.policy.Policy`.
         report_every: "unit" or "epoch".
@@ -97,6 +97,7 @@ class Cerebro:
         devices: str | Sequence[str] = "auto",
         workers_per_device: int = 1,
         backend: str = "local",
+        resources_per_worker: Mapping[str, float] | None = None,
         placement: str = "auto",
         live_trials: int | None = None,
         policy: str | Policy = "auto",
@@ -110,15 +111,15 @@ class Cerebro:
         progress: bool | None = None,
         trace: bool = False,
     ) -> None:
-        self.devices = devices_of(workers, devices, at_least(1, workers_per_device=workers_per_device))
+        per_device = at_least(1, workers_per_device=workers_per_device)
+        self.devices, self._make_workers = backend_of(backend).plan(workers, devices, per_device, resources_per_worker)
         self.backend = backend
         self.seed, self.trace = at_least(0, seed=seed), trace
         self._num_shards = None if num_shards is None else at_least(1, num_shards=num_shards)
         self._loader = check_keys(loader or {})
         self.epochs = at_least(1, epochs=epochs)
         self._batch_size = None if batch_size is None else at_least(1, batch_size=batch_size)
-        one_of(placement=placement, valid=("auto", "shared", "pinned"))
-        self.placement = "shared" if placement == "auto" else placement
+        self.placement = one_of(placement=placement, valid=("auto", "shared", "pinned"))
         self.live_trials = 2 * len(self.devices) if live_trials is None else at_least(1, live_trials=live_trials)
         self.policy = (
             policy if not isinstance(policy, str) else one_of(policy=policy, valid=("auto", "random", "fixed"))
@@ -130,7 +131,6 @@ class Cerebro:
         self.max_failures = at_least(0, max_failures=max_failures)
         self.run_dir = None if run_dir is None else Path(run_dir)
         self._progress = progress
-        self._threads = max(1, len(cores()) // len(self.devices))
         self._workers: Workers | None = None
         self._current: Run | None = None
         self._grower = Grower()
@@ -314,7 +314,7 @@ class Cerebro:
             self.close()
         self.start()
         assert self._workers is not None, "started"
-        settings = self._settings(recipe, metric, mode)
+        settings = self._settings(self._workers, recipe, metric, mode)
         settings = replace(settings, keep=keep or self.keep, policy=policy or self.policy)
         if hosted:
             settings = replace(settings, live_trials=None)
@@ -344,7 +344,7 @@ class Cerebro:
     def start(self) -> None:
         """Start the workers, unless they are up."""
         if self._workers is None:
-            self._workers = make_workers(self.backend, self.devices, self._threads)
+            self._workers = self._make_workers()
             self._started_s = time()
             # Not a bound method of this object: an executor that nobody has any more ends its workers.
             self._end_workers = weakref.finalize(self, self._workers.close)
@@ -384,7 +384,7 @@ class Cerebro:
             (folder / DATA_FILE).unlink(missing_ok=True)
             folder.rmdir()
 
-    def _settings(self, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
+    def _settings(self, workers: Workers, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
         spec = RunSpec(
             recipe=ship(recipe, f"{recipe.name}"),
             data=ship(self._given.for_run(recipe.loader), "The data set, or the loader's transform or collate_fn,"),
@@ -402,7 +402,7 @@ class Cerebro:
             policy=self.policy,
             live_trials=self.live_trials,
             max_failures=self.max_failures,
-            pinned=self.placement == "pinned",
+            pinned=workers.pinned(self.placement, self.train.num_shards),
             keep=self.keep,
             metric=metric,
             mode=mode,

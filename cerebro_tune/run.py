@@ -33,6 +33,7 @@ from cerebro_tune.events import (
     UnitFinished,
     WorkerJoined,
     WorkerLost,
+    WorkerStayedAway,
 )
 from cerebro_tune.exporter import Exporter
 from cerebro_tune.hopper import Hopper
@@ -48,6 +49,7 @@ from cerebro_tune.units import Decision, Shard, Status, Unit
 from cerebro_tune.workers.base import Workers
 from cerebro_tune.workers.messages import (
     Finished,
+    Late,
     Lost,
     Message,
     Output,
@@ -234,10 +236,13 @@ class Run:
         )
 
     def _assemble(self) -> None:
-        """Every worker opens and checks its data before any of them trains; they join in order, so that runs repeat."""
+        """Every worker opens and checks its data before any of them trains; they join in order, so that runs repeat.
+
+        Who is late joins as well, and is lost at once: it has its place, and the others do its part until it is up.
+        """
         for worker in self._crew.ids:
             self._crew.set_up(worker, check=True)
-        while self._crew.unready and not self._interrupted:
+        while self._crew.awaited and not self._interrupted:
             self._inbox.extend(self._crew.wait())
             while self._inbox:
                 match self._inbox.popleft():
@@ -245,10 +250,15 @@ class Run:
                         self._crew.became_ready(ready)
                     case Lost() as lost:
                         self._crew.replace(lost, check=True)
+                    case Late() as late:
+                        self._note_late(late)
                     case Output() as output:
                         self._print(output)
         for worker in self._crew.ids:
             self._apply(WorkerJoined(worker, self._crew.holdings(worker)))
+        for worker in sorted(self._crew.unready):
+            self._apply(WorkerLost(worker))
+            self._apply(WorkerStayedAway(worker))
 
     # Workers to state machine.
 
@@ -265,6 +275,9 @@ class Run:
                 self._apply(WorkerJoined(message.worker, self._crew.holdings(message.worker)))
             case Lost():
                 self._lost(message)
+            case Late():
+                self._note_late(message)
+                self._apply(WorkerStayedAway(message.worker))
 
     def _finished(self, message: Finished) -> None:
         unit = message.unit
@@ -301,6 +314,11 @@ class Run:
             what = f"; {unit.trial} is to run epoch {unit.epoch}, shard {unit.shard} again"
         self._progress.say(f"{message.worker} is lost: {message.reason}{what}", "stderr")
         self._crew.replace(message, check=False)
+
+    def _note_late(self, message: Late) -> None:
+        self._crew.late.add(message.worker)
+        what = f"{message.worker} is not up: {message.reason}. The others do its part until it is"
+        self._progress.say(what, "stderr")
 
     def _print(self, output: Output) -> None:
         for line in output.text.splitlines():
@@ -366,6 +384,7 @@ class Run:
             committed=committed,
             committed_bytes=committed_bytes,
             working=working,
+            digest="" if committed is None else self._store.digest_of(unit.trial),
             trained_under=page.trained_under,
             export=self._book.export(unit, epoch_done, done + 1 == total),
             recipe=None if page.brought is None else page.brought.shipped,

@@ -14,6 +14,7 @@ from cerebro_tune.events import (
     UnitFinished,
     WorkerJoined,
     WorkerLost,
+    WorkerStayedAway,
 )
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
@@ -58,6 +59,8 @@ class Ledger:
         self.logical = logical
         self.accounts: dict[str, Account] = {}
         self.holdings: dict[WorkerId, frozenset[int]] = {}
+        self.lost: dict[WorkerId, frozenset[int]] = {}
+        self.away: set[WorkerId] = set()
         self.busy: dict[WorkerId, int] = {}
         self.open: dict[int, tuple[StartJob, list[Unit]]] = {}
         self.numbers: set[int] = set()
@@ -77,15 +80,19 @@ class Ledger:
                 self.accounts[trial.id] = Account(trial, whole[: units - len(visited)] + latest)
             case WorkerJoined(worker, shards):
                 self.holdings[worker] = shards
+                self.lost.pop(worker, None)
+                self.away.discard(worker)
             case WorkerLost(worker):
                 self.lose(worker)
+            case WorkerStayedAway(worker):
+                self.away.add(worker)
             case UnitFinished() | UnitFailed():
                 self.end_unit(event)
         for order in orders:
             self.ordered(order)
 
     def lose(self, worker: WorkerId) -> None:
-        del self.holdings[worker]
+        self.lost[worker] = self.holdings.pop(worker)
         if (job := self.busy.pop(worker, None)) is not None:
             for unit in self.open.pop(job)[1]:
                 self.accounts[unit.trial].running = None
@@ -125,7 +132,7 @@ class Ledger:
         assert order.worker in self.holdings, "a job goes to a worker that is there"
         assert order.worker not in self.busy, "exclusivity"
         assert len({unit.shard for unit in order.units}) == 1, "a job is about one shard"
-        assert order.units[0].shard in self.holdings[order.worker], "the shard is there"
+        assert order.units[0].shard in self.holdings[order.worker] | self.stood_in_for(), "the shard is there"
         for unit, version, hop in zip(order.units, order.versions, order.hops, strict=True):
             account = self.accounts[unit.trial]
             assert account.ended is None, "an ended trial runs no more"
@@ -138,6 +145,11 @@ class Ledger:
             account.running = order.job
         self.busy[order.worker] = order.job
         self.open[order.job] = (order, list(order.units))
+
+    def stood_in_for(self) -> frozenset[int]:
+        """The shards that anybody may be given: by the clock all of those that are away, else what is nobody's."""
+        missing = frozenset[int]().union(*(self.lost[worker] for worker in self.away))
+        return missing if self.logical else missing.difference(*self.holdings.values())
 
     def visited(self, account: Account, epoch: int) -> list[int]:
         return [unit.shard for unit in account.trained if unit.epoch == epoch]

@@ -21,6 +21,7 @@ from cerebro_tune.events import (
     UnitFinished,
     WorkerJoined,
     WorkerLost,
+    WorkerStayedAway,
 )
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.policy import AutoPolicy
@@ -168,6 +169,11 @@ class HopperMachine(RuleBasedStateMachine):
             worker = data.draw(st.sampled_from(gone))
             self.tell(WorkerJoined(worker, self.worlds[worker]))
 
+    @rule(data=st.data())
+    def stay_away(self, data: st.DataObject) -> None:
+        if self.ledger.lost:
+            self.tell(WorkerStayedAway(data.draw(st.sampled_from(sorted(self.ledger.lost)))))
+
     @rule()
     def end_search(self) -> None:
         self.tell(SearchEnded())
@@ -189,12 +195,14 @@ class HopperMachine(RuleBasedStateMachine):
             TrialRestored(Trial("new", 99, 2), 0, frozenset({0})),
             TrialRestored(Trial("new", 99, 2), self.shards, frozenset({self.shards})),
             WorkerLost(WorkerId(99)),
+            WorkerStayedAway(WorkerId(99)),
             WorkerJoined(WorkerId(99), frozenset()),
             WorkerJoined(WorkerId(99), frozenset({self.shards})),
             UnitFinished(10_000, Unit("t0", 0, 0), 1.0),
             UnitFailed(0, Unit("t0", 0, 0), "boom"),
         ]
         events += [WorkerJoined(worker, shards) for worker, shards in self.ledger.holdings.items()]
+        events += [WorkerStayedAway(worker) for worker in self.ledger.holdings]
         events += [WorkerLost(worker) for worker in self.worlds if worker not in self.ledger.holdings]
         for job, (order, units) in self.ledger.open.items():
             ended = [unit for unit in order.units if unit not in units]
@@ -242,7 +250,7 @@ class HopperMachine(RuleBasedStateMachine):
                     assert shards <= set(self.ledger.visited(account, epoch)), f"{worker} could run {trial}"
 
     def teardown(self) -> None:
-        """In a fair world every trial comes to its end."""
+        """In a fair world every trial comes to its end; who stays away need not come back while others are here."""
         if not hasattr(self, "hopper"):
             return
         self.tell(SearchEnded())
@@ -251,7 +259,7 @@ class HopperMachine(RuleBasedStateMachine):
             if all(self.hopper.status(trial) in ENDED for trial in trials):
                 break
             before = snapshot(self.hopper)
-            for worker in sorted(set(self.worlds) - set(self.ledger.holdings)):
+            for worker in sorted(set(self.ledger.lost) - (self.ledger.away if self.ledger.holdings else set())):
                 self.tell(WorkerJoined(worker, self.worlds[worker]))
             self.dispatch()
             for job, (_, units) in list(self.ledger.open.items()):
