@@ -6,7 +6,7 @@ buffer it was in, and that buffer may belong to another trial by now.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -22,7 +22,8 @@ def adopt(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     if targets.keys() != values.keys():
         raise StateError(
             f"The state has tensors {sorted(values.keys() - targets.keys())} that the model lacks, and lacks its "
-            f"{sorted(targets.keys() - values.keys())}: was the model built from another config?"
+            f"{sorted(targets.keys() - values.keys())}: was the model built from another config, or has training made "
+            "what __init__ should make?"
         )
     for name, target in targets.items():
         value = values[name]
@@ -71,6 +72,7 @@ def load_model(
         strict: Whether a name that the model lacks is an error (StateError) or left out.
     """
     _part(model, saved)
+    _make_buffers(model, {**saved, **others})
     mended = saved
     if hook is not None:
         _move_in(model, saved, others)
@@ -126,27 +128,40 @@ def _part(model: nn.Module, saved: Mapping[str, Any]) -> None:
                 part._buffers[leaf] = torch.zeros_like(buffer)
 
 
+def _make_buffers(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Give room to the buffers that a fresh build has none for, and training has given a value."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    for prefix, part in model.named_modules():
+        for leaf, buffer in part._buffers.items():
+            value = values.get(f"{prefix}.{leaf}" if prefix else leaf)
+            if buffer is None and isinstance(value, Tensor):
+                part._buffers[leaf] = torch.empty_like(value, device=device)
+
+
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.layout is not torch.strided:
         return (id(tensor),)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients that there are, by parameter."""
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def gradients(model: nn.Module) -> dict[str, Any]:
+    """The gradients that there are, by parameter; a sparse one as (indices, values, size)."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: (g._indices(), g._values(), [*g.shape]) if g.is_sparse else g for name, g in found.items()}
 
 
-def load_gradients(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def load_gradients(model: nn.Module, values: Mapping[str, Any]) -> None:
     """Make these the model's gradients, and its only ones."""
     for name, parameter in model.named_parameters():
-        parameter.grad = values[name].to(parameter.device) if name in values else None
+        gradient = values.get(name)
+        if isinstance(gradient, tuple):
+            gradient = torch.sparse_coo_tensor(*gradient)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
-def refuse_outsiders(owner: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ConfigurationError for what `owner` trains or keeps beside its model, which would not hop."""
-    kind = type(owner).__name__
-    inside = {id(part) for part in chain(model.modules(), model.parameters())}
+def refuse_outsiders(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigurationError for parameters that an optimizer trains beside those of the model."""
+    inside = {id(parameter) for parameter in model.parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if outside := [str(tuple(parameter.shape)) for parameter in trained if id(parameter) not in inside]:
         raise ConfigurationError(
@@ -154,15 +169,18 @@ def refuse_outsiders(owner: object, model: nn.Module, optimizer: torch.optim.Opt
             'so would not hop: make them part of it, as in nn.ModuleDict({"net": net, "loss": loss}), and return that '
             "as the model."
         )
-    for name, value in vars(owner).items():
-        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
-        for part in items:
-            if isinstance(part, nn.Module) and id(part) not in inside and _has_state(part):
-                raise ConfigurationError(
-                    f"{kind}.{name} is a {type(part).__name__} that is not part of the model, and so would not hop: "
-                    f'make it part of it, as in nn.ModuleDict({{"net": net, "{name}": {name}}}), and return that as '
-                    "the model."
-                )
+
+
+def refuse_modules(kind: str, held: Mapping[str, nn.Module]) -> None:
+    """Raise ConfigurationError for one of the modules that a trainable holds beside its model, by key path."""
+    for path, part in held.items():
+        if _has_state(part):
+            name = path.rpartition(".")[2].partition("[")[0]
+            raise ConfigurationError(
+                f"{kind}.{path} is a {type(part).__name__} that is not part of the model, and so would not hop: "
+                f'make it part of it, as in nn.ModuleDict({{"net": net, "{name}": {name}}}), and return that as '
+                "the model."
+            )
 
 
 def _has_state(part: nn.Module) -> bool:
@@ -195,15 +213,21 @@ def adopt_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
                     optimizer.state[parameter] = _uncast(optimizer.state[parameter], saved["state"][number])
         return
     owners = dict(zip(numbers, parameters, strict=True))
-    state: defaultdict[Any, Any] = defaultdict(dict)
-    state.update((owners.get(number, number), value) for number, value in saved["state"].items())
-    optimizer.state = state
+    optimizer.state.clear()  # and not another dict: one that wraps this optimizer may hold it
+    optimizer.state.update((owners.get(number, number), value) for number, value in saved["state"].items())
     for group, new in zip(groups, new_groups, strict=True):
         kept = {"params": group["params"]}
         if "param_names" in group and "param_names" not in new:
             kept["param_names"] = group["param_names"]
         group.clear()
         group.update(new | kept)
+
+
+def saves_whole(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a state dict of torch's own making says what is in an optimizer's groups and state."""
+    kind = type(optimizer)
+    own = torch.optim.Optimizer
+    return kind.load_state_dict is own.load_state_dict and kind.state_dict is own.state_dict
 
 
 def _loads_plainly(optimizer: torch.optim.Optimizer) -> bool:

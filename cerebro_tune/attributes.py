@@ -1,74 +1,115 @@
-"""Plain Python attributes of what is trained: counters, histories, moving averages that no `state_dict` lists.
+"""Attributes of what is trained: counters, histories, meters, moving averages that no `state_dict` lists.
 
 A model that counts its steps in `self.n += 1` would count only those of one worker if the count did not hop. Carried
-is what differs from a fresh build and is plain: numbers, text, tensors, arrays, and containers of these. What is
-private to torch and to the host never is. Of anything else only what training has made of it is refused, since it
-would be lost: what a build makes is there in every worker.
+is what differs from a fresh build, of the model and of all objects that can be reached from it (`reach.py`): plain
+values (`plain.py`), and which of the things that every worker has is held where. What is private to torch and to the
+host never is. All that training has made otherwise is refused by its key path, since it would be lost.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from random import Random
-from types import ModuleType
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from cerebro_tune.adopt import saves_whole
 from cerebro_tune.errors import StateError, UnsupportedLeafError
+from cerebro_tune.plain import (
+    DEEPEST,
+    MAPPINGS,
+    SEQUENCES,
+    SETS,
+    Aboard,
+    Defaulting,
+    Filler,
+    Reference,
+    factory_name,
+    is_dense,
+    is_named_tuple,
+    is_simple,
+    place,
+    same,
+    tensors_in,
+)
+from cerebro_tune.reach import (
+    GENERATORS,
+    OF_HOSTS,
+    OF_TORCH,
+    Owner,
+    Reached,
+    fingerprint,
+    hold,
+    is_leaf,
+    join,
+    let_go,
+    of_host,
+    of_torch,
+    root_of,
+    tensors_of,
+)
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic)
-_CONTAINERS = (list, tuple, set, frozenset, deque)
-_MAPPINGS = (dict, OrderedDict, Counter)
-_DEEPEST = 8
-OF_TORCH = frozenset(vars(nn.Module()))
-"""The attributes that every module has."""
-_SETTINGS = (bool, int, float, type(None))
-"""What is carried of torch's own layers: a dropout's `p`, a batch norm's `momentum`."""
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, Random)
-_HOSTS = frozenset({"cerebro_tune", "torch", "torchmetrics", "pytorch_lightning", "lightning", "lightning_fabric"})
-
+_OF_OPTIMIZERS = frozenset(("state", "param_groups"))
+"""What of an optimizer is in its state dict."""
 Owners = Callable[[], Iterable[tuple[str, Any]]]
-"""Gives (name, object) of all whose attributes hop."""
+"""Gives (name, object) of all whose attributes hop; of a module, its parts are named on their own."""
 
 
 class Attributes:
-    """What the plain attributes were in a fresh build, and what has become of them."""
+    """What the attributes were in a fresh build, and what has become of them."""
 
-    def __init__(self, owners: Owners, excluded: Collection[str] = ()) -> None:
-        self._owners, self._excluded = owners, frozenset(excluded)
-        self._excluded_of_modules = self._excluded | OF_TORCH
-        plain = {name: self._plain(owner) for name, owner in owners()}
-        copier = _Filler({})
-        self._fresh = {name: {key: copier.copy(value) for key, value in of.items()} for name, of in plain.items()}
-        self._mine = {id(tensor): (tensor, _place(tensor)) for of in plain.values() for tensor in _tensors(of)}
+    def __init__(
+        self,
+        owners: Owners,
+        excluded: Collection[str] = (),
+        closed: Callable[[nn.Module], bool] = lambda _: False,
+    ) -> None:
+        """Note what there is; `excluded` are attributes that are not the user's, `closed` modules save themselves."""
+        self._owners, self._closed = owners, closed
+        self._of_modules, self._of_others = frozenset(excluded) | OF_TORCH, frozenset(excluded)
+        self._fresh: dict[str, dict[str, Any]] = {}
+        self._known: dict[int, Any] = {}
+        self.held: dict[str, nn.Module] = {}
+        """What `modules` gave, or would have at the time of the last `dump`."""
         self.settle()
 
     def settle(self) -> None:
-        """What is there by now is made in every worker, whether it is plain or not."""
-        self._built = {name: set(vars(owner)) for name, owner in self._owners() if not of_torch(owner)}
+        """What is there by now is made in every worker."""
+        self._settled = self._reach(None)
+        copier, encoder = Filler({}), _Encoder(self._settled)
+        for owner in self._settled.owners:
+            if owner.path not in self._fresh:
+                values, _ = encoder.attributes(owner)
+                self._fresh[owner.path] = {key: copier.copy(value) for key, value in values.items()}
+                mine = (tensor for value in values.values() for tensor in tensors_in(value))
+                self._known |= {id(tensor): (tensor, place(tensor)) for tensor in mine}
         self._places = {
-            (name, key): _place_of(value)
-            for name, owner in self._owners()
-            for key, value in vars(owner).items()
-            if isinstance(value, _GENERATORS)
+            path: found
+            for path in self._settled.origins
+            if (found := fingerprint(self._settled.things[path])) is not None
         }
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that are held without being part of an owner, by key path, as they are now."""
+        self.held = self._reach(self._settled).modules
+        return self.held
 
     def dump(self) -> dict[str, dict[str, Any]]:
         """What differs from a fresh build, by owner and attribute; UnsupportedLeafError for what would be lost."""
-        changed = {}
-        for name, owner in self._owners():
-            fresh, plain = self._fresh.get(name, {}), self._plain(owner)
-            if of_torch(owner):
-                if plain != fresh:
-                    changed[name] = {key: value for key, value in plain.items() if fresh.get(key) != value}
-                continue
-            self._refuse_losses(name, owner, plain)
-            if different := {k: value for k, value in plain.items() if k not in fresh or not _same(value, fresh[k])}:
-                changed[name] = different
+        now = self._reach(self._settled)
+        self.held = now.modules
+        self._refuse_other_parts(now)
+        encoder, changed = _Encoder(now), {}
+        for owner in now.owners:
+            values, lost = encoder.attributes(owner)
+            if lost and not _saves_itself(owner.origin):
+                raise _refusal(*next(iter(lost.values())))
+            fresh = self._fresh.get(owner.path, {})
+            if different := {k: value for k, value in values.items() if k not in fresh or not same(value, fresh[k])}:
+                changed[owner.path] = different
+        self._refuse_changes(now)
         return changed
 
     def load(self, dumped: Mapping[str, Mapping[str, Any]]) -> None:
@@ -76,52 +117,207 @@ class Attributes:
 
         Containers and tensors are refilled, not replaced: a hook's closure may hold the same object.
         """
-        filler, owners = _Filler(self._mine), list(self._owners())
-        if lacking := sorted(dumped.keys() - {name for name, _ in owners}):
+        now = self._reach(self._settled)
+        owners = {owner.path: owner for owner in now.owners}
+        for path, holder, *_ in self._settled.owners:  # one that is not held at the moment may be so again
+            if path not in owners:
+                owners[path] = Reached([(path, holder)], lambda _: True, self._excluded).owners[0]
+        if lacking := sorted(dumped.keys() - owners.keys()):
             raise StateError(
                 f"The state has attributes of {', '.join(lacking)}, which a fresh build has not: make in the "
                 "constructor what training needs, or before it starts."
             )
-        for name, owner in owners:
-            fresh, plain = self._fresh.get(name, {}), self._plain(owner)
-            if of_torch(owner) and name not in dumped and plain == fresh:
+        encoder, filler = _Encoder(now), Filler(self._known, _Resolver(now, self._settled), _device_of(now))
+        present: set[int] = set()
+        for owner in owners.values():
+            if of_torch(owner.holder) and owner.path not in dumped and owner.simple == self._fresh.get(owner.path):
                 continue
-            wanted = {**fresh, **dumped.get(name, {})}
-            for key, value in plain.items():
-                if key not in wanted:
-                    delattr(owner, key)
-                elif _same(value, wanted[key]):
-                    del wanted[key]
-            for key, value in wanted.items():
-                setattr(owner, key, filler.fill(vars(owner).get(key), value))
-        present = {id(tensor) for _, owner in self._owners() for tensor in _tensors(self._plain(owner))}
-        self._mine = {number: known for number, known in filler.known.items() if number in present}
+            filled = _refill(owner, self._fresh.get(owner.path, {}), dumped.get(owner.path, {}), encoder, filler)
+            present.update(id(tensor) for value in filled for tensor in tensors_in(value))
+        self._known = {number: known for number, known in filler.known.items() if number in present}
 
-    def _plain(self, owner: Any) -> dict[str, Any]:
-        values = vars(owner).items()
-        excluded = self._excluded_of_modules if isinstance(owner, nn.Module) else self._excluded
-        if of_torch(owner):
-            return {key: value for key, value in values if type(value) in _SETTINGS and key not in excluded}
-        return {key: value for key, value in values if key not in excluded and _is_plain(value)}
+    def _reach(self, before: Reached | None) -> Reached:
+        return Reached(self._owners(), self._closed, self._excluded, before)
 
-    def _refuse_losses(self, name: str, owner: Any, plain: Mapping[str, Any]) -> None:
-        excluded = self._excluded_of_modules if isinstance(owner, nn.Module) else self._excluded
-        fresh, built = self._fresh.get(name, {}), self._built.get(name, set())
-        for key, value in vars(owner).items():
-            if key in plain or key in excluded:
+    def _excluded(self, holder: Any, given: bool) -> frozenset[str]:
+        if isinstance(holder, nn.Module):
+            return self._of_modules
+        if isinstance(holder, torch.optim.Optimizer):
+            return _OF_OPTIMIZERS if given and saves_whole(holder) else frozenset()
+        return self._of_others if given else frozenset()
+
+    def _refuse_other_parts(self, now: Reached) -> None:
+        """Raise for a layer that training has made, exchanged for one of another class, or taken away."""
+        before, after = (
+            {owner.path: type(owner.holder) for owner in reached.owners if owner.holder is owner.origin}
+            for reached in (self._settled, now)
+        )
+        for path in before.keys() | after.keys():
+            if before.get(path) is after.get(path):
                 continue
-            path = f"{name.rstrip('.')}.{key}".lstrip(".")
-            if isinstance(value, _GENERATORS) and self._places.get((name, key)) != _place_of(value):
+            if path in after:
+                raise _refusal(now.things[path], path)
+            raise UnsupportedLeafError(
+                f"{path}, a {before[path].__name__}, is gone since training has begun, and other workers have it "
+                "still: keep it, and leave it unused."
+            )
+
+    def _refuse_changes(self, now: Reached) -> None:
+        """Raise for a thing that training has changed, and of which only that can be told."""
+        for path in self._places.keys() & now.things.keys():
+            thing = now.things[path]
+            if fingerprint(thing) == self._places[path] or _saves_itself(now.origins.get(path)):
+                continue
+            if isinstance(thing, GENERATORS):
                 raise UnsupportedLeafError(
-                    f"{path} is a {type(value).__name__} that training draws from, and its place in its stream does "
+                    f"{path} is a {type(thing).__name__} that training draws from, and its place in its stream does "
                     "not hop: draw from the global generators, which are seeded for every unit."
                 )
-            if (key in fresh or key not in built) and not _is_reference(value) and not _saves_itself(owner):
-                raise UnsupportedLeafError(
-                    f"{path} has become a {_kind(value)} in training, which cannot be carried to another worker: keep "
-                    "numbers, text, tensors, arrays or containers of these there, delete it before the unit ends, or "
-                    "save it in the hooks for that (on_save_checkpoint, state_dict)."
-                )
+            raise UnsupportedLeafError(
+                f"{path} is a {type(thing).__name__} that training has changed, and what is in it cannot be carried "
+                f"to another worker: {_INSTEAD}"
+            )
+
+
+_INSTEAD = (
+    "keep numbers, text, tensors, arrays, containers of these, or objects of a class of your own there, delete it "
+    "before the unit ends, or save it in the hooks for that (on_save_checkpoint, state_dict)."
+)
+
+
+def _refusal(thing: Any, path: str) -> UnsupportedLeafError:
+    return UnsupportedLeafError(
+        f"{path} has become a {type(thing).__name__} in training, which other workers have none of: make it in "
+        f"__init__, setup or on_train_start and leave it there, or {_INSTEAD}"
+    )
+
+
+def _refill(
+    owner: Owner, fresh: Mapping[str, Any], dumped: Mapping[str, Any], encoder: _Encoder, filler: Filler
+) -> list[Any]:
+    """Give an owner the attributes of a fresh build, but for those that were dumped; returns their values."""
+    values, lost = encoder.attributes(owner)
+    # What is no value is there because the owner's own hook has put it there.
+    spared = lost.keys() - dumped.keys() if _saves_itself(owner.origin) else set()
+    wanted = {key: value for key, value in {**fresh, **dumped}.items() if key not in spared}
+    for key in (values.keys() | lost.keys()) - wanted.keys() - spared:
+        let_go(owner.holder, key)
+    there = owner.simple | owner.others
+    for key, value in wanted.items():
+        if key not in values or not same(values[key], value):
+            there[key] = filler.fill(there.get(key), value)
+            hold(owner.holder, key, there[key])
+    return [there[key] for key in wanted]
+
+
+class _Lost(Exception):  # noqa: N818  (never leaves this module)
+    """Something that other workers have none of."""
+
+    def __init__(self, thing: Any, path: str) -> None:
+        super().__init__(path)
+        self.found = thing, path
+
+
+class _Encoder:
+    """Attributes as they are carried: values as they are, and references in the place of things."""
+
+    def __init__(self, now: Reached) -> None:
+        self._now = now
+        self._tensors: dict[Any, str] | None = None
+
+    def attributes(self, owner: Owner) -> tuple[dict[str, Any], dict[str, tuple[Any, str]]]:
+        """Those of an owner, and for those that cannot be carried: what is in the way, and its key path."""
+        values, lost = dict(owner.simple), {}
+        for key, value in owner.others.items():
+            try:
+                values[key] = self._encoded(value, join(owner.path, key))
+            except _Lost as error:
+                if not of_host(value):
+                    lost[key] = error.found
+        return values, lost
+
+    def _encoded(self, value: Any, path: str, depth: int = 0) -> Any:
+        kind = type(value)
+        if is_dense(value):
+            name = self._now.names.get(id(value)) if is_leaf(value) else None
+            return Reference(name) if name else self._of_module(value) or _carried(value)
+        if depth and is_simple(value):
+            return value
+        if depth == DEEPEST:
+            raise _Lost(value, path)
+        if kind in SEQUENCES or kind in SETS or is_named_tuple(value):
+            items = [self._encoded(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+            return kind._make(items) if is_named_tuple(value) else _like(value, items)
+        if kind in MAPPINGS:
+            return kind(self._items(value, path, depth))
+        if kind is defaultdict:
+            factory = value.default_factory
+            name = factory_name(factory) or (factory and self._encoded(factory, f"{path}.default_factory", depth + 1))
+            return Defaulting(name, self._items(value, path, depth))
+        if (name := self._now.names.get(id(value))) is None:
+            raise _Lost(value, path)
+        return Reference(name)
+
+    def _items(self, value: Mapping[Any, Any], path: str, depth: int) -> dict[Any, Any]:
+        return {
+            self._encoded(key, f"{path}[{type(key).__name__}]", depth + 1): self._encoded(
+                item, f"{path}[{key!r}]", depth + 1
+            )
+            for key, item in value.items()
+        }
+
+    def _of_module(self, tensor: torch.Tensor) -> Reference | None:
+        """A reference to a parameter or buffer, or to what is in it, if this is one."""
+        if self._tensors is None:
+            own = tensors_of((owner.path, owner.holder) for owner in self._now.owners)
+            self._tensors = {_memory(one): f"{path}{_DATA}" for path, one in own.items() if one.numel()}
+            self._tensors |= {id(one): path for path, one in own.items()}
+        path = self._tensors.get(id(tensor)) or self._tensors.get(_memory(tensor))
+        return None if path is None else Reference(path)
+
+
+_DATA = ".data"
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _carried(tensor: torch.Tensor) -> Any:
+    """The tensor without its graph, and with a word of where it is to lie."""
+    free = tensor.detach() if tensor.requires_grad else tensor
+    return free if free.is_cpu else Aboard(free)
+
+
+def _device_of(now: Reached) -> torch.device:
+    """Where the first parameter lies."""
+    modules = (owner.holder for owner in now.owners if isinstance(owner.holder, nn.Module))
+    own = (one.device for part in modules for one in part._parameters.values() if one is not None)
+    return next(own, torch.device("cpu"))
+
+
+def _like(model: Any, items: list[Any]) -> Any:
+    return deque(items, model.maxlen) if isinstance(model, deque) else type(model)(items)
+
+
+class _Resolver:
+    """Finds what a reference stands for."""
+
+    def __init__(self, now: Reached, settled: Reached) -> None:
+        self._now, self._settled = now, settled
+        self._tensors: Mapping[str, torch.Tensor] | None = None
+
+    def __call__(self, path: str) -> Any:
+        for things in (self._now.things, self._settled.things):
+            if path in things:
+                return things[path]
+        if self._tensors is None:
+            self._tensors = tensors_of((owner.path, owner.holder) for owner in self._now.owners)
+        if path in self._tensors:
+            return self._tensors[path]
+        if path.removesuffix(_DATA) in self._tensors:
+            return self._tensors[path.removesuffix(_DATA)].data
+        raise StateError(f"The state holds {path}, which a fresh build has not.")
 
 
 def modules_of(
@@ -131,150 +327,9 @@ def modules_of(
     return [(f"{name}{path}", part) for path, part in model.named_modules() if not skip(part)]
 
 
-def of_torch(owner: Any) -> bool:
-    """Whether an object is one of torch's own layers, which keep nothing but settings."""
-    return type(owner).__module__.startswith("torch.nn.")
-
-
-def _is_reference(value: Any) -> bool:
-    """Whether a value only stands for what every worker has: code, or an object of torch or a host."""
-    if isinstance(value, torch.Tensor):
+def _saves_itself(origin: Any) -> bool:
+    """Whether its class, and not torch or a host, says what to save of it, in hooks that are called."""
+    if isinstance(origin, torch.optim.Optimizer):
         return False
-    return callable(value) or isinstance(value, ModuleType) or _root(type(value)) in _HOSTS
-
-
-def _place_of(generator: Any) -> Any:
-    """Where a generator of random numbers is in its stream, to be compared."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().tolist()
-    if isinstance(generator, np.random.Generator):
-        return repr(generator.bit_generator.state)
-    return repr(generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate())
-
-
-def _saves_itself(owner: Any) -> bool:
-    """Whether its class, and not torch or a host, says what to save of it."""
-    hooks = (getattr(type(owner), name, None) for name in ("state_dict", "on_save_checkpoint", "get_extra_state"))
-    return any(hook is not None and _root(hook) not in _HOSTS for hook in hooks)
-
-
-def _root(thing: Any) -> str:
-    return str(getattr(thing, "__module__", "")).partition(".")[0]
-
-
-def _kind(value: Any) -> str:
-    """The type of a value, or for a container that of the first thing in it that is not plain."""
-    if type(value) in _CONTAINERS or type(value) in _MAPPINGS:
-        items = [*value, *value.values()] if type(value) in _MAPPINGS else value
-        inner = next((item for item in items if not _is_plain(item)), None)
-        return f"{type(value).__name__} with a {_kind(inner)}" if inner is not None else type(value).__name__
-    return type(value).__name__
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    kind = type(value)
-    if isinstance(value, _SCALARS) and kind.__module__ in ("builtins", "numpy"):
-        return True
-    if kind is torch.Tensor:
-        # What an optimizer may train is no plain value, and would be lost to it if it were replaced.
-        return value.layout is torch.strided and not value.is_meta and not (value.requires_grad and value.is_leaf)
-    if kind is np.ndarray:
-        return bool(value.dtype != object)
-    if depth == _DEEPEST:
-        return False
-    if kind in _CONTAINERS:
-        return all(_is_plain(item, depth + 1) for item in value)
-    return kind in _MAPPINGS and all(_is_plain(k, depth + 1) and _is_plain(v, depth + 1) for k, v in value.items())
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif type(value) in _MAPPINGS or type(value) in _CONTAINERS:
-        for item in value.values() if type(value) in _MAPPINGS else value:
-            yield from _tensors(item)
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-Known = dict[int, tuple[torch.Tensor, tuple[Any, ...]]]
-"""Tensors by id, each with where it was."""
-
-
-class _Filler:
-    """Copies values, what is shared among them once, into the objects that are there where these can take it.
-
-    A tensor is written to only if it is one of `known` and still where it was: any other may view a trial's buffer, and
-    that may belong to another trial by now.
-    """
-
-    def __init__(self, known: Known) -> None:
-        self.known = dict(known)
-        self._done: dict[Any, tuple[Any, Any]] = {}  # by the value: the value, kept alive, and what stands for it
-
-    def copy(self, value: Any) -> Any:
-        return self.fill(None, value)
-
-    def fill(self, existing: Any, value: Any) -> Any:
-        """The value, in `existing` if possible."""
-        kind = type(value)
-        if isinstance(value, _SCALARS):
-            return value
-        # Two tensors read from a buffer are one if they lie in one place there.
-        key = _place(value) if kind is torch.Tensor and value.numel() else id(value)
-        if key not in self._done:
-            self._done[key] = value, self._filled(existing if type(existing) is kind else None, value)
-        return self._done[key][1]
-
-    def _filled(self, existing: Any, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._filled_tensor(existing, value)
-        if isinstance(value, np.ndarray):
-            return value.copy()
-        if type(value) in _MAPPINGS:
-            old = {} if existing is None else dict(existing)
-            return _refilled(existing, {key: self.fill(old.get(key), item) for key, item in value.items()}, value)
-        old_items = list(existing) if isinstance(existing, list | deque) else []
-        old_items += [None] * len(value)
-        return _refilled(existing, [self.fill(old, item) for old, item in zip(old_items, value, strict=False)], value)
-
-    def _filled_tensor(self, existing: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
-        value = value.detach()
-        known = None if existing is None else self.known.get(id(existing))
-        if existing is not None and known and known[1] == _place(existing) and not existing.requires_grad:
-            fits = existing.shape == value.shape and existing.dtype == value.dtype
-            if fits:
-                return existing.copy_(value)
-        result = value.clone() if existing is None else value.to(existing.device, copy=True)
-        self.known[id(result)] = result, _place(result)
-        return result
-
-
-def _refilled(existing: Any, items: Any, model: Any) -> Any:
-    """A container of these items, of the type and length limit of `model`: the existing one, if it can be changed."""
-    limit = getattr(model, "maxlen", None)
-    if existing is None or isinstance(model, tuple | frozenset) or getattr(existing, "maxlen", None) != limit:
-        return deque(items, limit) if isinstance(model, deque) else type(model)(items)
-    existing.clear()
-    if isinstance(model, list | deque):
-        existing.extend(items)
-    else:
-        existing.update(items)
-    return existing
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal in type and value. NaN differs from itself, and so is carried, which does no harm."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other.to(one.device))
-    if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and np.array_equal(one, other)
-    if isinstance(one, _MAPPINGS):
-        return list(one) == list(other) and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple | deque):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
+    hooks = (getattr(type(origin), name, None) for name in ("state_dict", "on_save_checkpoint", "get_extra_state"))
+    return any(hook is not None and root_of(hook) not in OF_HOSTS for hook in hooks)

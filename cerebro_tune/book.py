@@ -15,8 +15,7 @@ from cerebro_tune.settings import RunSettings, whole_number
 from cerebro_tune.trainable import Recipe
 from cerebro_tune.units import Decision, Status, Trial, Unit
 from cerebro_tune.workers.base import ship
-from cerebro_tune.workers.messages import Export, Finished
-from cerebro_tune.workers.runner import improves
+from cerebro_tune.workers.messages import Export, Finished, improves
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ class Crew:
         self.running: dict[WorkerId, Unit] = {}
         self.unready: set[WorkerId] = set()
         """Workers that were told of the run and have not answered."""
+        self.late: set[WorkerId] = set()
+        """Those of them that are not even up, and may not be for long."""
         self._futile_starts: dict[WorkerId, int] = dict.fromkeys(workers.ids, 0)
         self._configured: dict[WorkerId, set[str]] = {worker: set() for worker in workers.ids}
         """The trials of which each worker has the config."""
@@ -37,6 +39,11 @@ class Crew:
     def wait(self, timeout_s: float | None = None) -> list[Message]:
         """What the workers say next; nothing when the time has passed."""
         return self._workers.wait(timeout_s)
+
+    @property
+    def awaited(self) -> Set[WorkerId]:
+        """Whose answer the others wait for before anything trains: of those that are late only if all are."""
+        return self.unready - self.late if self.unready != set(self.ids) else self.unready
 
     def set_up(self, worker: WorkerId, *, check: bool) -> None:
         """Tell a worker of the run. Each shard is checked once on this machine, by one of the workers."""
@@ -47,6 +54,7 @@ class Crew:
     def became_ready(self, ready: Ready) -> None:
         """A worker has answered; raises what it found wrong."""
         self.unready.discard(ready.worker)
+        self.late.discard(ready.worker)
         self._futile_starts[ready.worker] = 0
         if ready.error is not None:
             raise ready.error

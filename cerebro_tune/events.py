@@ -24,6 +24,18 @@ class TrialCloned:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialRestored:
+    """The tuner brought a trial back that another run had trained: so many units, the last of them on these shards.
+
+    `visited` are the shards of the epoch that it is in.
+    """
+
+    trial: Trial
+    units: int
+    visited: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerJoined:
     """A worker that holds the shards with these indices is there and idle; it may be one that was lost."""
 
@@ -34,6 +46,13 @@ class WorkerJoined:
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
     """A worker is gone, and whatever it was running with it."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStayedAway:
+    """A worker that was lost has not come back, and may never: the others do its part until it joins again."""
 
     worker: WorkerId
 
@@ -70,5 +89,14 @@ class SearchEnded:
 
 
 Event: TypeAlias = (
-    TrialAdded | TrialCloned | WorkerJoined | WorkerLost | UnitFinished | UnitFailed | TrialDecided | SearchEnded
+    TrialAdded
+    | TrialCloned
+    | TrialRestored
+    | WorkerJoined
+    | WorkerLost
+    | WorkerStayedAway
+    | UnitFinished
+    | UnitFailed
+    | TrialDecided
+    | SearchEnded
 )

@@ -1,4 +1,7 @@
-"""`Cerebro`: the executor that a user makes once, and runs many searches on."""
+"""`Cerebro`: the executor that a user makes once, and runs many searches on.
+
+(Above 400 lines: a hundred of them are its arguments and what each means.)
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,6 @@ from typing import Any
 from cerebro_tune.arguments import (
     at_least,
     check_rows,
-    cores,
-    devices_of,
     edited_since,
     listed,
     new_folder,
@@ -40,7 +41,7 @@ from cerebro_tune.signals import interruptible
 from cerebro_tune.store import StateStore
 from cerebro_tune.trainable import Config, Plan, Recipe, as_recipe
 from cerebro_tune.units import Units
-from cerebro_tune.workers.base import Workers, make_workers, ship
+from cerebro_tune.workers.base import Workers, backend_of, ship
 from cerebro_tune.workers.messages import RunSpec
 
 
@@ -63,11 +64,13 @@ class Cerebro:
             unless that is False. `batch_sampler` is called as torch's BatchSampler, (rows, batch_size, drop_last), for
             each shard. `last_batch`: "spread" (near-equal batches), "keep" (a short last one) or "drop". `transform` is
             called with each batch. `on_row_error`: "raise" or "skip". Of tables: `columns`, `as_dict`.
-        workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU.
+        workers: None for one per GPU and `workers_per_device`, or one per core where there is no GPU; on a Ray that
+            runs, as many as fit.
         devices: "auto", or torch devices: "cpu", "cuda", ["cuda:0", "cuda:1"].
-        backend: "local" (a process per worker) or "inline" (this process: for debugging).
+        backend: "local" (a process per worker), "inline" (this process: for debugging) or "ray" (on a Ray cluster).
+        resources_per_worker: Of backend "ray"; None for {"CPU": 1}. With a share of a GPU a worker computes there.
         placement: "shared": every worker holds every shard; "pinned": shard i belongs to worker i mod n, so that every
-            unit hops; "auto": shared, since all workers of a machine map the same files.
+            unit hops; "auto": shared on one machine, since all its workers map the same files, and pinned on several.
         live_trials: How many trials train side by side; None is twice the workers.
         policy: "auto", "random" (the paper's), "fixed" (the run repeats exactly), or a `cerebro_tune.policy.Policy`.
         report_every: "unit" or "epoch".
@@ -97,6 +100,7 @@ class Cerebro:
         devices: str | Sequence[str] = "auto",
         workers_per_device: int = 1,
         backend: str = "local",
+        resources_per_worker: Mapping[str, float] | None = None,
         placement: str = "auto",
         live_trials: int | None = None,
         policy: str | Policy = "auto",
@@ -110,19 +114,18 @@ class Cerebro:
         progress: bool | None = None,
         trace: bool = False,
     ) -> None:
-        self.devices = devices_of(workers, devices, at_least(1, workers_per_device=workers_per_device))
+        per_device = at_least(1, workers_per_device=workers_per_device)
+        self.devices, self._make_workers = backend_of(backend).plan(workers, devices, per_device, resources_per_worker)
         self.backend = backend
         self.seed, self.trace = at_least(0, seed=seed), trace
         self._num_shards = None if num_shards is None else at_least(1, num_shards=num_shards)
         self._loader = check_keys(loader or {})
         self.epochs = at_least(1, epochs=epochs)
         self._batch_size = None if batch_size is None else at_least(1, batch_size=batch_size)
-        one_of(placement=placement, valid=("auto", "shared", "pinned"))
-        self.placement = "shared" if placement == "auto" else placement
+        self.placement = one_of(placement=placement, valid=("auto", "shared", "pinned"))
         self.live_trials = 2 * len(self.devices) if live_trials is None else at_least(1, live_trials=live_trials)
-        self.policy = (
-            policy if not isinstance(policy, str) else one_of(policy=policy, valid=("auto", "random", "fixed"))
-        )
+        named = isinstance(policy, str)
+        self.policy = one_of(policy=policy, valid=("auto", "random", "fixed")) if named else policy
         self.report_every = one_of(report_every=report_every, valid=("unit", "epoch"))
         self._validation_rows = check_rows(validation_rows)
         self.keep = one_of(keep=keep, valid=("best", "last", "none"))
@@ -130,7 +133,6 @@ class Cerebro:
         self.max_failures = at_least(0, max_failures=max_failures)
         self.run_dir = None if run_dir is None else Path(run_dir)
         self._progress = progress
-        self._threads = max(1, len(cores()) // len(self.devices))
         self._workers: Workers | None = None
         self._current: Run | None = None
         self._grower = Grower()
@@ -150,30 +152,20 @@ class Cerebro:
                 found = take(
                     train, validation, datamodule, self._num_shards, len(self.devices), self.seed, self._loader
                 )
-                self._check_data(found)
                 if self._data is not None:
+                    self._data.check_same(found)
                     found.close()
                     return self._batch_size or found.batch_size
+                self._check_placement(found.train.data.num_shards)
                 self._data = found
             return self.batch_size
 
-    def _check_data(self, found: GivenData) -> None:
-        if self._data is not None and self._data.fingerprint != found.fingerprint:
+    def _check_placement(self, shards: int) -> None:
+        workers = len(self.devices)
+        if self.placement == "pinned" and workers > shards:
             raise ConfigurationError(
-                f"This executor's data is {self.train!r}, and now it is given other data, {found.train.data!r}: "
-                "shards stay with their workers. Make another executor for it."
-            )
-        before, now = (self._data or found).making, found.making
-        if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
-            raise ConfigurationError(
-                f"This executor has its data, and is now given the same rows with another {', '.join(changed)}: "
-                "other batches would be made of them. Make another executor for it."
-            )
-        shards = found.train.data.num_shards
-        if self.placement == "pinned" and len(self.devices) > shards:
-            raise ConfigurationError(
-                f"{shards} shards cannot be pinned to {len(self.devices)} workers: each needs one. "
-                f"Make the set with num_shards >= {len(self.devices)}, or use placement='shared'."
+                f"{shards} shards cannot be pinned to {workers} workers: each needs one. "
+                f"Make the set with num_shards >= {workers}, or use placement='shared'."
             )
 
     def plan(self, epochs: int, batch_size: int) -> Plan:
@@ -314,10 +306,12 @@ class Cerebro:
             self.close()
         self.start()
         assert self._workers is not None, "started"
-        settings = self._settings(recipe, metric, mode)
-        settings = replace(settings, keep=keep or self.keep, policy=policy or self.policy)
-        if hosted:
-            settings = replace(settings, live_trials=None)
+        settings = replace(
+            self._settings(self._workers, recipe, metric, mode),
+            keep=keep or self.keep,
+            policy=policy or self.policy,
+            live_trials=None if hosted else self.live_trials,
+        )
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
         progress = make_progress(False if hosted else self._progress)
         run = Run(self._workers, store, recipe, settings, tuner, progress)
@@ -344,7 +338,7 @@ class Cerebro:
     def start(self) -> None:
         """Start the workers, unless they are up."""
         if self._workers is None:
-            self._workers = make_workers(self.backend, self.devices, self._threads)
+            self._workers = self._make_workers()
             self._started_s = time()
             # Not a bound method of this object: an executor that nobody has any more ends its workers.
             self._end_workers = weakref.finalize(self, self._workers.close)
@@ -384,7 +378,7 @@ class Cerebro:
             (folder / DATA_FILE).unlink(missing_ok=True)
             folder.rmdir()
 
-    def _settings(self, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
+    def _settings(self, workers: Workers, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
         spec = RunSpec(
             recipe=ship(recipe, f"{recipe.name}"),
             data=ship(self._given.for_run(recipe.loader), "The data set, or the loader's transform or collate_fn,"),
@@ -402,7 +396,7 @@ class Cerebro:
             policy=self.policy,
             live_trials=self.live_trials,
             max_failures=self.max_failures,
-            pinned=self.placement == "pinned",
+            pinned=workers.pinned(self.placement, self.train.num_shards),
             keep=self.keep,
             metric=metric,
             mode=mode,

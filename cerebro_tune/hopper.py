@@ -20,6 +20,9 @@ remembered, and joined with the decision at the unit's end, where the firmer one
 
 An event that the table does not allow raises IllegalEventError and changes nothing: every handler checks, then acts.
 
+A worker that was lost usually comes back at once, and what only it holds waits for it. When it is said to stay away,
+its shards are dealt to the others until it joins again.
+
 Speed: ready trials are kept sorted (`Offers`), and a worker that got idle walks down that list, testing one bit mask
 per trial, until the policy is content. A worker that found nothing is offered only what got ready since.
 
@@ -30,8 +33,9 @@ every unit lasted 1: units end in the order in which they were started. `_line` 
 result that comes early waits in its job until the job is at the head; then it is committed and reported, and the clock
 stands until the tuner has decided. At that instant, and before any further result is looked at, what the tuner has
 added meanwhile is let in, and each worker without a job is promised its next one. A lost worker keeps its place: its
-job waits for it to join again. Hence choices and reports are a function of seed, trials and decisions. What a tuner
-adds after its answer is let in at its next answer, or at once when no job is open.
+job waits for it to join again; while it stays away, whoever has nothing to run runs that job, in its place and turn.
+Hence choices and reports are a function of seed, trials and decisions. What a tuner adds after its answer is let in at
+its next answer, or at once when no job is open.
 
 (Above 400 lines: the table, every handler and the logical clock belong to one machine, and are to be read together.)
 """
@@ -40,6 +44,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any, NoReturn, cast
 
 from cerebro_tune.errors import ConfigurationError, IllegalEventError, InvariantError
@@ -49,10 +54,12 @@ from cerebro_tune.events import (
     TrialAdded,
     TrialCloned,
     TrialDecided,
+    TrialRestored,
     UnitFailed,
     UnitFinished,
     WorkerJoined,
     WorkerLost,
+    WorkerStayedAway,
 )
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
 from cerebro_tune.invariants import check_all
@@ -141,6 +148,8 @@ class Hopper:
         self._end_announced = False
         self._seats: dict[int, Seat] = {}
         self._idle: dict[int, Seat] = {}
+        self._lost: dict[int, int] = {}  # lost workers by number: bit s is set when it held shard s
+        self._away: set[int] = set()  # those of them that stay away
         self._jobs: dict[int, Job] = {}  # those that run, by number
         self._job_count = 0
         self._line: deque[Job] = deque()  # logical clock: open and promised jobs, in order
@@ -152,8 +161,10 @@ class Hopper:
         self._handlers: dict[type[Event], Callable[[Any, list[Instruction]], None]] = {
             TrialAdded: self._on_trial_added,
             TrialCloned: self._on_trial_cloned,
+            TrialRestored: self._on_trial_restored,
             WorkerJoined: self._on_worker_joined,
             WorkerLost: self._on_worker_lost,
+            WorkerStayedAway: self._on_worker_stayed_away,
             UnitFinished: self._on_unit_ended,
             UnitFailed: self._on_unit_ended,
             TrialDecided: self._on_trial_decided,
@@ -185,6 +196,18 @@ class Hopper:
         record.continue_from(source, self._shards)
         self._enrol(record)
 
+    def _on_trial_restored(self, event: TrialRestored, out: list[Instruction]) -> None:
+        self._check_new(event, event.trial)
+        record = self._new_record(event.trial)
+        known = event.visited <= set(range(self._shards)) and len(event.visited) == event.units % self._shards
+        if not known or not 0 <= event.units < record.units_left:
+            said = f"said to have {event.units} of {record.units_left} units behind it, with {set(event.visited) or {}}"
+            _refuse(event, f"trial {event.trial.id!r}", said, "units left, and as many shards as the epoch has units")
+        record.epoch, record.units_done = event.units // self._shards, event.units
+        record.units_left -= event.units
+        record.left &= ~sum(1 << shard for shard in event.visited)
+        self._enrol(record)
+
     def _on_worker_joined(self, event: WorkerJoined, out: list[Instruction]) -> None:
         seat = self._seats.get(event.worker.number)
         if seat is not None and seat.present:
@@ -196,7 +219,9 @@ class Hopper:
         if seat is None:
             seat = self._seats[event.worker.number] = Seat(event.worker)
         seat.present = True
-        seat.held = sum(1 << shard for shard in event.shards)
+        seat.own = sum(1 << shard for shard in event.shards)
+        self._lost.pop(event.worker.number, None)
+        self._away.discard(event.worker.number)
         seat.cause = self._events
         if not self._policy.logical:
             self._idle[event.worker.number] = seat
@@ -208,6 +233,7 @@ class Hopper:
             _refuse(event, str(event.worker), "not here", "WorkerJoined")
         self._events += 1
         seat.present = False
+        self._lost[event.worker.number] = seat.own
         if not self._policy.logical:
             del self._seats[event.worker.number]
             self._idle.pop(event.worker.number, None)
@@ -216,11 +242,21 @@ class Hopper:
             if record.state_at == event.worker:
                 record.state_at = None
                 record.home = record.home if self._policy.logical else NOWHERE
-        if seat.job is not None:
-            seat.job.orphans |= {early.unit.trial for early in seat.job.early}
-            if self._jobs.pop(seat.job.number, None) is not None:
-                self._take_back(seat.job, event, out)
+        for early in [job for job in self._line if job.runner is seat]:
+            early.orphans |= {result.unit.trial for result in early.early}
+        if (job := seat.running) is not None:
+            seat.running = None
+            del self._jobs[job.number]
+            self._take_back(job, event, out)
         self._settle_down(out)
+
+    def _on_worker_stayed_away(self, event: WorkerStayedAway, out: list[Instruction]) -> None:
+        if event.worker.number not in self._lost:
+            seat = self._seats.get(event.worker.number)
+            _refuse(event, str(event.worker), "here" if seat is not None and seat.present else "unknown", "WorkerLost")
+        self._events += 1
+        self._away.add(event.worker.number)
+        self._workers_changed()
 
     def _on_unit_ended(self, event: UnitFinished | UnitFailed, out: list[Instruction]) -> None:
         job = self._jobs.get(event.job)
@@ -235,6 +271,7 @@ class Hopper:
         job.open.remove(event.unit)
         if not job.open:
             del self._jobs[event.job]
+            job.runner.running = None
         if self._policy.logical:
             job.early.append(event)
         else:
@@ -341,7 +378,7 @@ class Hopper:
         record.units_left -= 1
         record.last = event.unit.shard
         record.home = job.seat.id.number
-        record.state_at = None if record.trial.id in job.orphans else job.seat.id
+        record.state_at = None if record.trial.id in job.orphans else job.runner.id
         if self._policy.learns:
             learn(record, job.seat, event.elapsed_s)
         self._board.time_left += record.time_left
@@ -412,8 +449,22 @@ class Hopper:
         self._idle[seat.id.number] = seat
 
     def _workers_changed(self) -> None:
+        self._stand_in()
         self._board.seat([seat.held for _, seat in sorted(self._seats.items())])
         self._refresh_idle()
+
+    def _stand_in(self) -> None:
+        """Deal the shards that only workers who stay away hold to those who are here, one after the other."""
+        seats = [seat for _, seat in sorted(self._seats.items())]
+        here = 0
+        for seat in seats:
+            seat.held = seat.own
+            here |= seat.own
+        missing = 0
+        for number in self._away:
+            missing |= self._lost[number] & ~here
+        for seat, shard in zip(cycle(seats), [s for s in range(self._shards) if missing >> s & 1], strict=False):
+            seat.held |= 1 << shard
 
     # ------------------------------------------------------------------ the one place where a status changes
 
@@ -464,7 +515,7 @@ class Hopper:
             choice = self._policy.choose(self._regime, self._board, number, seat.held, ready) if ready else None
             if choice is not None:
                 del self._idle[number]
-                starts.append(self._start(self._promise(seat, choice)))
+                starts.append(self._start(self._promise(seat, choice), seat))
         return starts
 
     def _note_regime(self) -> None:
@@ -487,11 +538,11 @@ class Hopper:
                 self._note_kept()
         return job
 
-    def _start(self, job: Job) -> StartJob:
+    def _start(self, job: Job, seat: Seat) -> StartJob:
         self._job_count += 1
         job.number = self._job_count
+        job.runner, seat.running = seat, job
         self._jobs[job.number] = job
-        seat = job.seat
         records = [job.records[unit.trial] for unit in job.open]
         order = StartJob(
             job.number,
@@ -538,7 +589,16 @@ class Hopper:
         if not self._line:
             self._let_in()
             self._promise_all()
-        return [self._start(job) for job in self._line if job.open and not job.number and job.seat.present]
+        starts = []
+        for job in self._line:
+            if job.open and not job.number and (seat := self._runner_for(job.seat)) is not None:
+                starts.append(self._start(job, seat))
+        return starts
+
+    def _runner_for(self, seat: Seat) -> Seat | None:
+        """Who is to begin the job of a seat, if anybody can now."""
+        seats = [other for _, other in sorted(self._seats.items())] if seat.id.number in self._away else [seat]
+        return next((other for other in seats if other.present and other.running is None), None)
 
     # ------------------------------------------------------------------ questions
 
@@ -564,6 +624,11 @@ class Hopper:
         record = self._records[trial]
         return record.epoch, record.units_done, record.units_done + record.units_left
 
+    def visited(self, trial: str) -> frozenset[int]:
+        """Return the shards that the trial has visited in the epoch it is in."""
+        left = self._records[trial].left
+        return frozenset(shard for shard in range(self._shards) if left and not left >> shard & 1)
+
     def state_at(self, trial: str) -> WorkerId | None:
         """Return the worker that committed the trial's state and has been here since."""
         return self._records[trial].state_at
@@ -571,9 +636,7 @@ class Hopper:
     def job_of(self, worker: WorkerId) -> int | None:
         """Return the number of the job that the worker runs."""
         seat = self._seats.get(worker.number)
-        if seat is None or seat.job is None or seat.job.number not in self._jobs:
-            return None
-        return seat.job.number
+        return None if seat is None or seat.running is None else seat.running.number
 
     @property
     def live(self) -> int:

@@ -46,18 +46,19 @@ def check_visits(record: TrialRecord, shards: int) -> None:
 
 def check_jobs(records: Mapping[str, TrialRecord], seats: Mapping[int, Seat], jobs: Mapping[int, Job]) -> None:
     """Isolation, exclusivity, no preemption, and the right predecessor."""
-    busy = Counter(job.seat.id for job in jobs.values())
+    busy = Counter(job.runner.id for job in jobs.values())
     placed = Counter(unit.trial for job in jobs.values() for unit in job.open)
     for job in jobs.values():
         for unit in job.open:
             record = records[unit.trial]
             if placed[unit.trial] > 1:
                 _broken(record, f"isolation: in {placed[unit.trial]} jobs")
-            if busy[job.seat.id] > 1 or job.seat.job is not job:
-                _broken(record, f"exclusivity: {job.seat.id} runs {busy[job.seat.id]} jobs")
-            if not job.seat.present or seats.get(job.seat.id.number) is not job.seat or record.job is not job:
-                _broken(record, f"no preemption: {unit} runs on {job.seat.id}, which does not run it")
-            if unit.epoch != record.epoch or not record.left >> unit.shard & 1 or not job.seat.held >> unit.shard & 1:
+            runner = job.runner
+            if busy[runner.id] > 1 or runner.running is not job or job.seat.job is not job:
+                _broken(record, f"exclusivity: {runner.id} runs {busy[runner.id]} jobs")
+            if not runner.present or seats.get(runner.id.number) is not runner or record.job is not job:
+                _broken(record, f"no preemption: {unit} runs on {runner.id}, which does not run it")
+            if unit.epoch != record.epoch or not record.left >> unit.shard & 1 or not job.held >> unit.shard & 1:
                 _broken(record, f"completeness: {unit} runs and is not to be visited there")
             _check_start(record, job)
     for record in records.values():

@@ -62,13 +62,15 @@ class TrialRecord(Candidate):
 class Seat:
     """One worker. Under the logical clock its seat stays, empty, when it is lost."""
 
-    __slots__ = ("cause", "fresh", "held", "id", "job", "pace", "present")
+    __slots__ = ("cause", "fresh", "held", "id", "job", "own", "pace", "present", "running")
 
     def __init__(self, worker: WorkerId) -> None:
         self.id = worker
-        self.held = 0  # bit s is set when it holds shard s
+        self.own = 0  # bit s is set when it said to hold shard s
+        self.held = 0  # its own, and those of workers that stay away which it stands in for
         self.present = False
         self.job: Job | None = None
+        self.running: Job | None = None  # `job` once begun or, for a worker that stays away, that one's
         self.fresh = True  # to be offered all ready trials, not only the new ones
         self.pace = 1.0  # moving average of its unit times over those trials' own averages
         self.cause = 0  # number of the event that made it idle
@@ -77,11 +79,13 @@ class Seat:
 class Job:
     """Units of one shard, given to one worker together."""
 
-    __slots__ = ("early", "number", "open", "orphans", "records", "seat", "shard")
+    __slots__ = ("early", "held", "number", "open", "orphans", "records", "runner", "seat", "shard")
 
     def __init__(self, seat: Seat, shard: int, records: Sequence[TrialRecord]) -> None:
         self.number = 0  # 0: promised, and not begun
         self.seat = seat
+        self.runner = seat  # who has begun it: another, when the worker of the seat stays away
+        self.held = seat.held  # when it was promised
         self.shard = shard
         self.records = {record.trial.id: record for record in records}
         self.open = [Unit(record.trial.id, record.epoch, shard) for record in records]  # not ended yet

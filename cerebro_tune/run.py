@@ -10,9 +10,10 @@ short methods needs several of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cerebro_tune import state
@@ -27,10 +28,12 @@ from cerebro_tune.events import (
     TrialAdded,
     TrialCloned,
     TrialDecided,
+    TrialRestored,
     UnitFailed,
     UnitFinished,
     WorkerJoined,
     WorkerLost,
+    WorkerStayedAway,
 )
 from cerebro_tune.exporter import Exporter
 from cerebro_tune.hopper import Hopper
@@ -46,6 +49,7 @@ from cerebro_tune.units import Decision, Shard, Status, Unit
 from cerebro_tune.workers.base import Workers
 from cerebro_tune.workers.messages import (
     Finished,
+    Late,
     Lost,
     Message,
     Output,
@@ -107,6 +111,18 @@ class Run:
     def clone(self, trial_id: str, config: Config | None = None, index: int | None = None) -> str:
         """Add a trial that goes on from another's last committed unit, with a changed config if given."""
         return self._commands.ask(lambda: self._add(config, trial_id, index=index))
+
+    def restore(self, config: Config, path: Path, units: int, visited: Iterable[int], index: int) -> str:
+        """Add a trial that goes on, paused, from a state that `save` has written: with what `progress` was then."""
+        return self._commands.ask(lambda: self._restore(config, path, units, frozenset(visited), index))
+
+    def save(self, trial_id: str, path: Path) -> None:
+        """Write the state that the trial's last unit committed, so that it outlives this process."""
+        self._commands.ask(lambda: self._store.save(self._page(trial_id).trial.id, path, durable=False))
+
+    def progress(self, trial_id: str) -> tuple[int, list[int]]:
+        """Units committed, and the shards visited in the epoch that the trial is in."""
+        return self._commands.ask(lambda: (self._hopper.progress(trial_id)[1], sorted(self._hopper.visited(trial_id))))
 
     def decide(self, trial_id: str, decision: Decision) -> None:
         """Answer a report of the trial. What was asked out of turn meanwhile is joined with it: the firmer wins."""
@@ -220,10 +236,13 @@ class Run:
         )
 
     def _assemble(self) -> None:
-        """Every worker opens and checks its data before any of them trains; they join in order, so that runs repeat."""
+        """Every worker opens and checks its data before any of them trains; they join in order, so that runs repeat.
+
+        Who is late joins as well, and is lost at once: it has its place, and the others do its part until it is up.
+        """
         for worker in self._crew.ids:
             self._crew.set_up(worker, check=True)
-        while self._crew.unready and not self._interrupted:
+        while self._crew.awaited and not self._interrupted:
             self._inbox.extend(self._crew.wait())
             while self._inbox:
                 match self._inbox.popleft():
@@ -231,10 +250,15 @@ class Run:
                         self._crew.became_ready(ready)
                     case Lost() as lost:
                         self._crew.replace(lost, check=True)
+                    case Late() as late:
+                        self._note_late(late)
                     case Output() as output:
                         self._print(output)
         for worker in self._crew.ids:
             self._apply(WorkerJoined(worker, self._crew.holdings(worker)))
+        for worker in sorted(self._crew.unready):
+            self._apply(WorkerLost(worker))
+            self._apply(WorkerStayedAway(worker))
 
     # Workers to state machine.
 
@@ -251,6 +275,9 @@ class Run:
                 self._apply(WorkerJoined(message.worker, self._crew.holdings(message.worker)))
             case Lost():
                 self._lost(message)
+            case Late():
+                self._note_late(message)
+                self._apply(WorkerStayedAway(message.worker))
 
     def _finished(self, message: Finished) -> None:
         unit = message.unit
@@ -287,6 +314,11 @@ class Run:
             what = f"; {unit.trial} is to run epoch {unit.epoch}, shard {unit.shard} again"
         self._progress.say(f"{message.worker} is lost: {message.reason}{what}", "stderr")
         self._crew.replace(message, check=False)
+
+    def _note_late(self, message: Late) -> None:
+        self._crew.late.add(message.worker)
+        what = f"{message.worker} is not up: {message.reason}. The others do its part until it is"
+        self._progress.say(what, "stderr")
 
     def _print(self, output: Output) -> None:
         for line in output.text.splitlines():
@@ -352,6 +384,7 @@ class Run:
             committed=committed,
             committed_bytes=committed_bytes,
             working=working,
+            digest="" if committed is None else self._store.digest_of(unit.trial),
             trained_under=page.trained_under,
             export=self._book.export(unit, epoch_done, done + 1 == total),
             recipe=None if page.brought is None else page.brought.shipped,
@@ -435,6 +468,15 @@ class Run:
             page.trained_under = before if before != page.shipped else None
         self._book.add(page)
         return trial.id
+
+    def _restore(self, config: Config, path: Path, units: int, visited: frozenset[int], index: int) -> str:
+        page = self._book.new_page(config, None, index)
+        self._apply(TrialRestored(page.trial, units, visited))
+        page.inherited = units
+        self._store.restore(page.trial.id, path)
+        self._book.add(page)
+        self._decide(page.trial.id, Decision.PAUSE)
+        return page.trial.id
 
     def _state(self, trial_id: str) -> Any:
         mapped = self._store.mapped(self._page(trial_id).trial.id)

@@ -176,9 +176,9 @@ class StateStore:
         """Whether the committed state is in shared memory, not on disk."""
         return self._committed(trial).buffer is not None
 
-    def save(self, trial: str, path: Path) -> str:
-        """Write the committed state to disk so that it survives a power failure; returns its digest."""
-        return save(self.mapped(trial), path)
+    def save(self, trial: str, path: Path, durable: bool = True) -> str:
+        """Write the committed state to disk; returns its digest. If `durable`, it survives a power failure too."""
+        return save(self.mapped(trial), path, durable)
 
     def restore(self, trial: str, path: Path) -> str:
         """A saved state becomes the trial's committed one; returns its digest."""

@@ -116,8 +116,10 @@ class _Coordinator:
         self.jobs += 1
         unit = Unit(trial, 0, shard)
         committed, used, working = self.store.buffers(trial)
+        digest = "" if committed is None else self.store.digest_of(trial)
         self.workers.send(
-            worker, Task(self.jobs, unit, 0, cloudpickle.dumps(config), 1, 4, 0, False, committed, used, working)
+            worker,
+            Task(self.jobs, unit, 0, cloudpickle.dumps(config), 1, 4, 0, False, committed, used, working, digest),
         )
         return unit
 

@@ -18,7 +18,9 @@ from cerebro_tune.adopt import (
     gradients,
     load_gradients,
     load_model,
+    refuse_modules,
     refuse_outsiders,
+    saves_whole,
     unlisted,
 )
 from cerebro_tune.attributes import Attributes, modules_of
@@ -71,10 +73,11 @@ class TorchTrainable(Trainable):
     `monitor` (the metric that a ReduceLROnPlateau watches), `loader` (settings as in `Cerebro(loader=...)`, which they
     win over).
 
-    What hops: the model's parameters and buffers, optimizer, scheduler, scaler, pending gradients, and plain attributes
-    (numbers, text, tensors, containers of these) of the trainable and of the model's own modules. Random numbers do
-    not: each unit seeds them. Modules and parameters that the model does not contain are refused at the start. Keep
-    anything else out of attributes, or override `state_dict` and `load_state_dict`.
+    What hops: the model's parameters and buffers, optimizer, scheduler, scaler, pending gradients, and attributes
+    (numbers, text, tensors, containers of these, objects of your own with such attributes) of the trainable, the
+    optimizer and the model's own modules. Random numbers do not: each unit seeds them. Modules and parameters that the
+    model does not contain are refused at the start. Keep anything else out of attributes, or override `state_dict` and
+    `load_state_dict`.
     """
 
     precision: ClassVar[str] = "32"
@@ -140,7 +143,8 @@ class TorchTrainable(Trainable):
         self._fresh = note_groups([optimizer], rest)
         # Last, so that what was set here is part of a fresh build.
         own = ("state", "_config", "_fresh", "_attributes")
-        self._attributes = Attributes(lambda: [("", self), *modules_of(model)], own)
+        self._attributes = Attributes(lambda: [("", self), ("optimizer", optimizer), *modules_of(model)], own)
+        refuse_modules(type(self).__name__, self._attributes.modules())
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         state = self.state
@@ -160,7 +164,8 @@ class TorchTrainable(Trainable):
         mine = self.state
         load_model(mine.model, state["model"], state["buffers"])
         load_gradients(mine.model, state["gradients"])
-        adopt_optimizer(mine.optimizer, state["optimizer"])
+        if saves_whole(mine.optimizer):  # what another has made of it hops as attributes do
+            adopt_optimizer(mine.optimizer, state["optimizer"])
         if mine.scheduler is not None:
             mine.scheduler.load_state_dict(state["scheduler"])
         mine.scaler.load_state_dict(state["scaler"])
@@ -226,7 +231,7 @@ class TorchTrainable(Trainable):
                 f"{type(self).__name__}.build returned ({kinds}); it must return (model, optimizer) or "
                 "(model, optimizer, scheduler)."
             )
-        refuse_outsiders(self, parts[0], parts[1])
+        refuse_outsiders(type(self).__name__, parts[0], parts[1])
         return tuple(parts)
 
     def _warn_of_unread(self) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,23 +30,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "ray_session" in getattr(item, "fixturenames", ()))
 
 
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One local Ray for all tests that ask for it; its workers can import the test modules."""
-    import ray
+def pytest_collection_finish() -> None:
+    """What the imports made stays: `leaves_nothing` collects garbage after each test, and need not look through it."""
+    gc.freeze()
 
-    ray.init(
-        num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Any]:
+    """One local Ray for all tests that ask for it; its workers can import the test modules.
+
+    A cluster of one node, to which tests may add others. It is in a folder of its own, so that it is nobody else's
+    "running cluster", and quick to see that a node is dead.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    impatient = {
+        "health_check_initial_delay_ms": 500,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 3,
+    }
+    head = {"num_cpus": 4, "include_dashboard": False, "_system_config": impatient}
+    with TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(
+            address=cluster.address, logging_level="ERROR", log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+        )  # fmt: skip
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def _held(beside_ray: bool) -> dict[str, set[str]]:
     """Processes, threads, descriptors of pipes, sockets and memory files, and mappings of state buffers.
 
-    Beside a running Ray without its workers and without sockets: it opens and closes its own at any time.
+    Beside a running Ray without sockets: it opens and closes its own at any time.
     """
     kinds = ("pipe:", "/memfd:") if beside_ray else ("pipe:", "socket:", "/memfd:", "anon_inode:")
     descriptors = set()
@@ -55,13 +78,20 @@ def _held(beside_ray: bool) -> dict[str, set[str]]:
         if target.startswith(kinds):
             descriptors.add(f"{number} -> {target}")
     mappings = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd" in line}
-    children = {
-        f"{child.pid} {child.name()}"
-        for child in psutil.Process().children(recursive=True)
-        if not (beside_ray and "raylet" in {parent.name() for parent in child.parents()})
-    }
     threads = {thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio")}
-    return {"processes": children, "threads": threads, "descriptors": descriptors, "mappings": mappings}
+    return {"processes": _processes(), "threads": threads, "descriptors": descriptors, "mappings": mappings}
+
+
+def _processes() -> set[str]:
+    """All children; of those of a Ray node, which keeps spare ones, only workers of ours and their actors."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            told = " ".join(child.cmdline())
+            of_ray = "raylet" in {parent.name() for parent in child.parents()}
+            if not of_ray or "ray::Post" in told or "cerebro_tune.workers" in told:
+                found.add(f"{child.pid} {child.name()}")
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +101,9 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     before = _held(beside_ray)
     yield
     gc.collect()
+    deadline = time.monotonic() + 10
+    while beside_ray and not _processes() <= before["processes"] and time.monotonic() < deadline:
+        time.sleep(0.05)  # Ray ends actors in its own time
     left = {kind: sorted(things - before[kind]) for kind, things in _held(beside_ray).items()}
     assert not any(left.values()), (
         f"the test left behind: { {kind: things for kind, things in left.items() if things} }"

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 
-from cerebro_tune.events import Event, TrialAdded, TrialCloned, UnitFailed, UnitFinished, WorkerJoined, WorkerLost
+from cerebro_tune.events import (
+    Event,
+    TrialAdded,
+    TrialCloned,
+    TrialRestored,
+    UnitFailed,
+    UnitFinished,
+    WorkerJoined,
+    WorkerLost,
+    WorkerStayedAway,
+)
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
 from cerebro_tune.policy import AutoPolicy, Board, Choice, Ready, Regime
@@ -49,6 +59,8 @@ class Ledger:
         self.logical = logical
         self.accounts: dict[str, Account] = {}
         self.holdings: dict[WorkerId, frozenset[int]] = {}
+        self.lost: dict[WorkerId, frozenset[int]] = {}
+        self.away: set[WorkerId] = set()
         self.busy: dict[WorkerId, int] = {}
         self.open: dict[int, tuple[StartJob, list[Unit]]] = {}
         self.numbers: set[int] = set()
@@ -62,17 +74,25 @@ class Ledger:
             case TrialCloned(trial, source):
                 past = self.accounts[source]
                 self.accounts[trial.id] = Account(trial, past.trained[:committed], worker=past.worker)
+            case TrialRestored(trial, units, visited):
+                whole = [Unit(trial.id, number // self.shards, number % self.shards) for number in range(units)]
+                latest = [Unit(trial.id, units // self.shards, shard) for shard in visited]
+                self.accounts[trial.id] = Account(trial, whole[: units - len(visited)] + latest)
             case WorkerJoined(worker, shards):
                 self.holdings[worker] = shards
+                self.lost.pop(worker, None)
+                self.away.discard(worker)
             case WorkerLost(worker):
                 self.lose(worker)
+            case WorkerStayedAway(worker):
+                self.away.add(worker)
             case UnitFinished() | UnitFailed():
                 self.end_unit(event)
         for order in orders:
             self.ordered(order)
 
     def lose(self, worker: WorkerId) -> None:
-        del self.holdings[worker]
+        self.lost[worker] = self.holdings.pop(worker)
         if (job := self.busy.pop(worker, None)) is not None:
             for unit in self.open.pop(job)[1]:
                 self.accounts[unit.trial].running = None
@@ -112,7 +132,7 @@ class Ledger:
         assert order.worker in self.holdings, "a job goes to a worker that is there"
         assert order.worker not in self.busy, "exclusivity"
         assert len({unit.shard for unit in order.units}) == 1, "a job is about one shard"
-        assert order.units[0].shard in self.holdings[order.worker], "the shard is there"
+        assert order.units[0].shard in self.holdings[order.worker] | self.stood_in_for(), "the shard is there"
         for unit, version, hop in zip(order.units, order.versions, order.hops, strict=True):
             account = self.accounts[unit.trial]
             assert account.ended is None, "an ended trial runs no more"
@@ -125,6 +145,11 @@ class Ledger:
             account.running = order.job
         self.busy[order.worker] = order.job
         self.open[order.job] = (order, list(order.units))
+
+    def stood_in_for(self) -> frozenset[int]:
+        """The shards that anybody may be given: by the clock all of those that are away, else what is nobody's."""
+        missing = frozenset[int]().union(*(self.lost[worker] for worker in self.away))
+        return missing if self.logical else missing.difference(*self.holdings.values())
 
     def visited(self, account: Account, epoch: int) -> list[int]:
         return [unit.shard for unit in account.trained if unit.epoch == epoch]

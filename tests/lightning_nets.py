@@ -495,7 +495,7 @@ class Recorder(pl.Callback):
         self.calls.append(("on_train_batch_end", batch_idx))
         rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         place = (trainer.current_epoch, trainer.global_step, trainer.is_last_batch, trainer.num_training_batches)
-        self.steps.append([rates, place, self._logged(trainer)])
+        self.steps.append([rates, place, _horizon(trainer), self._logged(trainer)])
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self.calls.append("on_train_epoch_start")
@@ -505,6 +505,13 @@ class Recorder(pl.Callback):
     def _logged(trainer: Any) -> list[dict[str, float]]:
         kinds = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
         return [{name: float(value) for name, value in metrics.items()} for metrics in kinds]
+
+
+def _horizon(trainer: Any) -> Any:
+    try:
+        return trainer.estimated_stepping_batches
+    except import_module(f"{HOST}.utilities.exceptions").MisconfigurationException:
+        return "changes"  # with GradientAccumulationScheduler
 
 
 def _noting(hook: str) -> Any:

@@ -43,6 +43,14 @@ class Deep(Linear):
         return model, torch.optim.AdamW(model.parameters(), lr=config["lr"])
 
 
+class Unhurried(Deep):
+    """Takes a fifth of a second for a unit, in which other things may happen."""
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        time.sleep(0.2)
+        return super().run_unit(work)
+
+
 class Raising(Linear):
     """Raises where the config says: {"raise_in": (epoch, shard)}."""
 

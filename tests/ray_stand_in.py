@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -22,6 +23,29 @@ class StandInTrial:
 
     def is_finished(self) -> bool:
         return self.status in _ENDED
+
+
+@dataclass(eq=False)
+class Member(StandInTrial):
+    """What PBT wants of a trial: its config tells which member's state it has."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    evaluated_params: dict[str, Any] = field(default_factory=dict)
+    last_result: dict[str, Any] = field(default_factory=dict)
+    experiment_tag = ""
+    run_metadata: Any = None
+
+    def __post_init__(self) -> None:
+        self.config = {"member": self.trial_id, "lr": 0.1 + int(self.trial_id) / 10}
+        self.run_metadata = SimpleNamespace(
+            checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
+        )
+
+    def set_experiment_tag(self, tag: str) -> None:
+        self.experiment_tag = tag
+
+    def set_config(self, config: dict[str, Any]) -> None:
+        self.config = config
 
 
 class StandInSearch:
@@ -54,12 +78,12 @@ class StandInController:
         slots: int,
         *,
         limit: float = float("inf"),
-        ask: Callable[..., str] = lambda scheduler, *result: scheduler.on_trial_result(*result),
+        stop: float = float("inf"),
         report: Callable[[int, Any], dict[str, Any]] = lambda unit, score: {"training_iteration": unit, "loss": score},
     ) -> None:
         self.scheduler = scheduler
         self.slots = slots
-        self.ask = ask
+        self.stop = stop
         self.report = report
         self.search_alg = StandInSearch([self.make(str(n), curve) for n, curve in enumerate(curves)], limit)
         self.trials: list[StandInTrial] = []
@@ -76,14 +100,14 @@ class StandInController:
 
     def stop_trial(self, trial: StandInTrial) -> None:
         if trial.status == Trial.RUNNING:
-            self.complete(trial, self.last_result(trial))
+            self.scheduler.on_trial_complete(self, trial, self.last_result(trial))
         else:
             self.scheduler.on_trial_remove(self, trial)
         self.search_alg.live -= 1
         trial.status = Trial.TERMINATED
 
-    def complete(self, trial: StandInTrial, result: dict[str, Any]) -> None:
-        self.scheduler.on_trial_complete(self, trial, result)
+    def ask(self, trial: StandInTrial, result: dict[str, Any]) -> str:
+        return str(self.scheduler.on_trial_result(self, trial, result))
 
     def last_result(self, trial: StandInTrial) -> dict[str, Any]:
         return self.report(trial.units, trial.curve[trial.units - 1])
@@ -110,16 +134,18 @@ class StandInController:
             return False
         trial = running[pick % len(running)]
         trial.units += 1
-        decision = self.ask(self.scheduler, self, trial, self.last_result(trial))
+        ends = trial.units >= self.stop  # a stop condition: the scheduler is not asked
+        decision = TrialScheduler.STOP if ends else self.ask(trial, self.last_result(trial))
         if decision == TrialScheduler.PAUSE:
             trial.status = Trial.PAUSED
         elif decision == TrialScheduler.STOP:
             self.stop_trial(trial)
         return True
 
-    def end(self, picks: Sequence[int] = (0,)) -> None:
-        """Go on to the end of the search, taking the picks round and round."""
-        step = 0
-        while self.step(picks[step % len(picks)]):
-            step += 1
-            assert step < 100_000, "the search does not end"
+    def end(self, picks: Sequence[int] = (0,), slots: Sequence[int] = ()) -> None:
+        """Go on to the end of the search, with picks, and numbers of slots, that are taken round and round."""
+        for step in range(100_000):
+            self.slots = slots[step % len(slots)] if slots else self.slots
+            if not self.step(picks[step % len(picks)]):
+                return
+        raise AssertionError("the search does not end")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+import itertools
+import logging
+import sys
+import threading
+from collections import Counter, OrderedDict, defaultdict, deque
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from cerebro_tune.attributes import Attributes, modules_of
 from cerebro_tune.errors import StateError, UnsupportedLeafError
+from cerebro_tune.plain import Aboard, Filler
 from trees import round_trip, same
 
 
@@ -160,6 +166,15 @@ def test_a_tensor_goes_back_to_its_device() -> None:
     assert target.mean.is_cuda
 
 
+def test_what_training_has_made_on_a_device_is_put_on_that_of_the_reader() -> None:
+    made = torch.ones(2)
+    value = {"first": Aboard(made), "again": [Aboard(made)], "host": torch.zeros(1)}
+    into = Filler({}, {}.__getitem__, "meta").fill(None, Filler({}).copy(value))
+    assert into["first"].is_meta
+    assert into["first"] is into["again"][0]
+    assert into["host"].is_cpu
+
+
 class Noisy(nn.Module):
     """Torch's own layers, and what no other worker can be told of."""
 
@@ -191,8 +206,10 @@ def test_a_part_that_a_fresh_build_lacks_is_named() -> None:
     source, target = Noisy(), Noisy()
     out, into = of_model(source), of_model(target)
     source.late = nn.Dropout(0.1)
+    with pytest.raises(UnsupportedLeafError, match=r"model.late has become a Dropout in training, which other workers"):
+        out.dump()
     with pytest.raises(StateError, match=r"The state has attributes of model.late, which a fresh build has not"):
-        into.load(round_trip(out.dump()))
+        into.load({"model.late": {"p": 0.2}})
 
 
 def has_become(model: Any) -> None:
@@ -210,7 +227,7 @@ def draws(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (has_become, "model.parts has become a dict with a object in training"),
+        (has_become, r"model.parts\['b'\] has become a object in training"),
         (is_new, "model.made has become a tuple_iterator in training"),
         (draws, "model.source is a Generator that training draws from"),
     ],
@@ -236,3 +253,178 @@ def test_whoever_saves_its_state_itself_may_keep_anything() -> None:
     is_new(model)
     model.function = print
     assert attributes.dump() == {}
+
+
+# Objects.
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.total, self.seen = 0.0, [1]
+
+
+class Slotted:
+    __slots__ = ("count", "meter")
+
+    def __init__(self) -> None:
+        self.count, self.meter = 0, Meter()
+
+
+class Bag(dict[str, Any]):
+    pass
+
+
+class Row(NamedTuple):
+    mean: torch.Tensor
+    rows: int
+
+
+def counter() -> Any:
+    count = 0
+
+    def counted() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return counted
+
+
+def holder() -> Owner:
+    meter = Meter()
+    return Owner(
+        meter=meter, alias=meter, pair=[Meter(), Meter()], slotted=Slotted(), bag=Bag(a=Meter()), rows=[],
+        named=defaultdict(list), deep=defaultdict(lambda: defaultdict(int)), counter=counter(), bound=meter.__init__,
+        functions={"one": abs, "other": len}, chosen=None, leaf=torch.ones(2, requires_grad=True),
+    )  # fmt: skip
+
+
+def train(owner: Owner) -> None:
+    owner.meter.total += 1.5
+    owner.meter.seen.append(2)
+    owner.pair[0].total = 7.0
+    owner.pair.reverse()
+    owner.slotted.count, owner.slotted.meter.total = 3, 2.0
+    owner.bag["b"] = 1
+    owner.bag["a"].total = 4.0
+    owner.rows.append(Row(torch.ones(2), 5))
+    owner.named["loss"].append(0.5)
+    owner.deep["x"]["y"] += 2
+    owner.counter()
+    owner.chosen = owner.functions["other"]
+    owner.leaf.data.mul_(3)
+
+
+def test_objects_hop_and_stay_the_same_objects() -> None:
+    source, target = holder(), holder()
+    out, into = carried(source), carried(target)
+    before = dict(vars(target))
+    assert out.dump() == {}
+    train(source)
+    hop(out, into)
+    assert {name for name, value in vars(target).items() if value is not before[name]} == {"chosen"}
+    assert target.alias is target.meter
+    assert (target.meter.total, target.meter.seen) == (1.5, [1, 2])
+    assert [meter.total for meter in target.pair] == [0.0, 7.0]
+    assert (target.slotted.count, target.slotted.meter.total) == (3, 2.0)
+    assert (target.bag["b"], target.bag["a"].total) == (1, 4.0)
+    assert same(target.rows, [Row(torch.ones(2), 5)])
+    assert target.named["new"] == []
+    assert target.deep["x"] == {"y": 2}
+    assert target.deep["new"]["z"] == 0
+    assert target.counter() == source.counter() == 2
+    assert target.chosen is len
+    assert target.leaf.tolist() == [3, 3]
+    into.load({})
+    assert (target.meter.total, target.chosen, target.rows, target.bag.keys()) == (0.0, None, [], {"a"})
+    assert [meter.total for meter in target.pair] == [0.0, 0.0]
+    assert target.leaf.tolist() == [1, 1]
+
+
+def test_an_object_made_anew_takes_the_place_of_the_last() -> None:
+    source, target = Owner(meter=Meter()), Owner(meter=Meter())
+    out, into = carried(source), carried(target)
+    source.meter = Meter()
+    source.meter.total = 5.0
+    hop(out, into)
+    assert target.meter.total == 5.0
+    source.meter = Slotted()
+    with pytest.raises(UnsupportedLeafError, match=r"owner.meter has become a Slotted in training"):
+        out.dump()
+
+
+def test_what_is_let_go_of_and_taken_up_again() -> None:
+    source, target = Owner(meter=Meter()), Owner(meter=Meter())
+    out, into = carried(source), carried(target)
+    kept, target.meter = source.meter, None
+    kept.total = 2.0
+    hop(out, into)
+    assert target.meter.total == 2.0
+    source.meter = None
+    hop(out, into)
+    assert target.meter is None
+
+
+def test_two_objects_for_one_place_are_refused() -> None:
+    source = Owner(meter=Meter(), last=None)
+    out = carried(source)
+    source.last, source.meter = source.meter, Meter()
+    with pytest.raises(UnsupportedLeafError, match="has become a Meter in training"):
+        out.dump()
+
+
+class Holding(nn.Module):
+    """Holds parts of itself, and memory of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+        self.held = [self.layer, self.norm.running_mean]
+        self.view = self.layer.weight.data
+        self.weighted = {self.layer.weight: 1.0}
+
+
+def test_what_is_the_models_own_is_found_again_in_another() -> None:
+    source, target = Holding(), Holding()
+    out, into = of_model(source), of_model(target)
+    for owner in (source, target):  # as by a hop, in which weights become those of a buffer
+        owner.layer.weight.data = torch.ones(2, 2)
+        owner.norm.running_mean = torch.zeros(2)  # type: ignore[assignment]
+    source.held.append(source.norm.running_mean)
+    source.view = source.layer.weight.data
+    source.weighted[source.layer.weight] = 2.0
+    hop(out, into)
+    assert target.held[0] is target.layer
+    assert target.held[2] is target.norm.running_mean
+    assert target.view.data_ptr() == target.layer.weight.data_ptr()
+    assert target.weighted == {target.layer.weight: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "change", "reason"),
+    [
+        (itertools.count(), next, "owner.value is a count that training has changed"),
+        (bytearray(b"ab"), lambda value: value.reverse(), "owner.value is a bytearray that training has changed"),
+        ((x for x in range(3)), next, "owner.value is a generator that training has changed"),
+        (torch.eye(2).to_sparse(), lambda value: value.mul_(2), "owner.value is a Tensor that training has changed"),
+    ],
+    ids=["count", "bytearray", "generator", "sparse"],
+)
+def test_what_only_shows_that_it_has_changed_is_refused(value: Any, change: Any, reason: str) -> None:
+    owner = Owner(value=value)
+    attributes = carried(owner)
+    assert attributes.dump() == {}
+    change(value)
+    with pytest.raises(UnsupportedLeafError, match=reason):
+        attributes.dump()
+
+
+def test_what_is_no_state_is_left_alone() -> None:
+    rows = TensorDataset(torch.zeros(2))
+    owner = Owner(log=logging.getLogger("some.name"), lock=threading.Lock(), rows=rows, module=torch, file=sys.stderr)
+    attributes = carried(owner)
+    owner.log.isEnabledFor(10)
+    owner.rows.tensors[0].add_(1)
+    assert attributes.dump() == {}
+    attributes.load({})
+    assert owner.rows is rows

@@ -553,7 +553,7 @@ def test_other_things_that_are_refused(executor: Cerebro, tmp_path: Path) -> Non
     with pytest.raises(ConfigurationError, match=r"Momentum is compiled, .* in configure_model\(\)"):
         trainer.fit(torch.compile(lightning_nets.Momentum(), backend="eager"), *loaders())
     module.lock = threading.Lock()
-    with pytest.raises(NotPicklableError, match=r"module Momentum cannot be sent .* Make in setup\(\)"):
+    with pytest.raises(NotPicklableError, match=r"Momentum, or a callback .* cannot be sent .* Make in setup\(\)"):
         trainer.fit(module, *loaders())
     with pytest.raises(ConfigurationError, match="keep='none', but a fit gives its weights back"):
         fit(Cerebro(keep="none", run_dir=tmp_path), lightning_nets.Momentum(), *loaders())

@@ -19,6 +19,7 @@ from cerebro_tune.events import (
     UnitFinished,
     WorkerJoined,
     WorkerLost,
+    WorkerStayedAway,
 )
 from cerebro_tune.hopper import TRANSITIONS, Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
@@ -204,6 +205,30 @@ def test_a_failed_unit_ends_its_trial() -> None:
     assert orders == [DropState(failed, Status.FAILED)]
     [other] = hopper.dispatch()
     assert other.units[0].trial != failed
+
+
+def test_shards_of_a_worker_that_stays_away_are_dealt_to_the_others() -> None:
+    hopper = Hopper([Shard(index, 1) for index in range(2)])
+    hopper.apply(WorkerJoined(W0, frozenset({0})))
+    hopper.apply(WorkerJoined(W1, frozenset({1})))
+    for number in range(2):
+        hopper.apply(TrialAdded(Trial(f"t{number}", number, 4)))
+
+    def visits(rounds: int) -> list[tuple[WorkerId, int]]:
+        seen = []
+        for _ in range(rounds):
+            for start in hopper.dispatch():
+                seen.append((start.worker, start.units[0].shard))
+                for report in hopper.apply(UnitFinished(start.job, start.units[0], 1.0)):
+                    hopper.apply(TrialDecided(report.unit.trial, Decision.CONTINUE))  # type: ignore[union-attr]
+        return seen
+
+    hopper.apply(WorkerLost(W1))
+    assert visits(5) == [(W0, 0), (W0, 0)], "what only it holds waits for it"
+    hopper.apply(WorkerStayedAway(W1))
+    assert set(visits(6)) == {(W0, 0), (W0, 1)}
+    hopper.apply(WorkerJoined(W1, frozenset({1})))
+    assert set(visits(4)) == {(W0, 0), (W1, 1)}, "and it has its own again"
 
 
 def test_a_lost_workers_unit_is_run_again_from_the_same_version() -> None:

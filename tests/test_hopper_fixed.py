@@ -19,6 +19,7 @@ from cerebro_tune.events import (
     UnitFinished,
     WorkerJoined,
     WorkerLost,
+    WorkerStayedAway,
 )
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
@@ -36,6 +37,7 @@ class World:
     held: list[frozenset[int]]
     chance: Random
     deaths: int
+    gone: frozenset[int] = frozenset()
     now: float = 0.0
     tickets: int = 0
     agenda: list[tuple[float, int, Event]] = field(default_factory=list)
@@ -60,6 +62,9 @@ class World:
     def play(self, at_first: int) -> World:
         for number, shards in enumerate(self.held):
             self.hopper.apply(WorkerJoined(WorkerId(number), shards))
+        for number in sorted(self.gone):
+            self.hopper.apply(WorkerLost(WorkerId(number)))
+            self.hopper.apply(WorkerStayedAway(WorkerId(number)))
         self.add(at_first)
         self.dispatch()
         while self.agenda:
@@ -124,7 +129,16 @@ class World:
 
 
 def played(
-    chance: int, deaths: int, *, seed: int, shards: int, workers: int, placement: str, live: int | None, report: str
+    chance: int,
+    deaths: int,
+    *,
+    seed: int,
+    shards: int,
+    workers: int,
+    placement: str,
+    live: int | None,
+    report: str,
+    gone: frozenset[int] = frozenset(),
 ) -> World:
     hopper = Hopper(
         [Shard(index, 1) for index in range(shards)],
@@ -134,7 +148,7 @@ def played(
         max_failures=1_000,
         seed=seed,
     )
-    return World(hopper, holdings(shards, workers, placement), Random(chance), deaths).play(at_first=live or 6)
+    return World(hopper, holdings(shards, workers, placement), Random(chance), deaths, gone).play(at_first=live or 6)
 
 
 @given(
@@ -203,6 +217,21 @@ def test_a_job_of_a_lost_worker_waits_for_it(two_running: tuple[Hopper, StartJob
     assert report.unit == first.units[0]
 
 
+def test_a_job_of_a_worker_that_stays_away_is_run_by_another(two_running: tuple[Hopper, StartJob, StartJob]) -> None:
+    hopper, first, second = two_running
+    hopper.apply(WorkerLost(first.worker))
+    hopper.apply(WorkerStayedAway(first.worker))
+    assert hopper.dispatch() == [], "the other is busy"
+    assert hopper.apply(UnitFinished(second.job, second.units[0], 1.0)) == []
+    [again] = hopper.dispatch()
+    assert (again.worker, again.units, again.versions) == (second.worker, first.units, first.versions)
+    hopper.validate()
+    [report] = hopper.apply(UnitFinished(again.job, again.units[0], 1.0))
+    assert isinstance(report, ReportUnit)
+    assert report.unit == first.units[0]
+    assert hopper.state_at(first.units[0].trial) == second.worker
+
+
 @pytest.mark.parametrize("decision", [Decision.PAUSE, Decision.STOP])
 def test_a_lost_trial_that_is_called_off_holds_up_nobody(
     two_running: tuple[Hopper, StartJob, StartJob], decision: Decision
@@ -237,3 +266,18 @@ def test_a_finished_unit_is_not_lost_with_its_worker(two_running: tuple[Hopper, 
     orders = hopper.apply(TrialDecided(first.units[0].trial, Decision.STOP))
     assert [order.unit for order in orders if isinstance(order, ReportUnit)] == [second.units[0]]
     assert hopper.state_at(second.units[0].trial) is None
+
+
+@given(
+    seed=st.integers(0, 5), shards=st.integers(2, 6), placement=st.sampled_from(["pinned", "shared"]), away=st.data()
+)
+def test_a_run_with_fewer_workers_is_the_same_run(seed: int, shards: int, placement: str, away: st.DataObject) -> None:
+    """But for who did the work, and when."""
+    workers = away.draw(st.integers(2, shards))
+    world = {"seed": seed, "shards": shards, "workers": workers, "placement": placement, "live": 4, "report": "unit"}
+    whole = played(0, 0, **world)  # type: ignore[arg-type]
+    gone = away.draw(st.sets(st.integers(0, workers - 1), min_size=1, max_size=workers - 1))
+    short = played(1, 0, gone=frozenset(gone), **world)  # type: ignore[arg-type]
+    assert [unit for unit, _ in short.reports] == [unit for unit, _ in whole.reports]
+    assert short.ends == whole.ends
+    assert not {WorkerId(number) for number in gone} & set(short.visits)

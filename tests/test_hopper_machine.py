@@ -16,10 +16,12 @@ from cerebro_tune.events import (
     TrialAdded,
     TrialCloned,
     TrialDecided,
+    TrialRestored,
     UnitFailed,
     UnitFinished,
     WorkerJoined,
     WorkerLost,
+    WorkerStayedAway,
 )
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.policy import AutoPolicy
@@ -27,6 +29,7 @@ from cerebro_tune.units import Decision, Shard, Status, Trial, Unit, WorkerId
 from hopper_oracle import Ledger, Model, PackedPolicy, snapshot
 
 ENDED = {Status.FINISHED, Status.STOPPED, Status.FAILED}
+CLONED = set(Status) - {Status.FINISHED, Status.STOPPED}
 PLACEMENTS = ("pinned", "shared", "replicas")
 
 
@@ -80,6 +83,8 @@ class HopperMachine(RuleBasedStateMachine):
                 self.model.added(trial)
             case TrialCloned(trial):
                 self.model.added(trial, committed)
+            case TrialRestored(trial, units):
+                self.model.added(trial, units)
             case TrialDecided(trial, decision):
                 self.model.decided(trial, decision)
             case UnitFinished(unit=unit):
@@ -109,12 +114,22 @@ class HopperMachine(RuleBasedStateMachine):
         sources = [
             trial
             for trial in self.hopper.trials
-            if self.hopper.status(trial) not in ENDED and self.hopper.progress(trial)[1] < epochs * self.shards
+            if self.hopper.status(trial) in CLONED and self.hopper.progress(trial)[1] < epochs * self.shards
         ]
         if sources and number < 12:
             source = data.draw(st.sampled_from(sources))
             self.tell(TrialCloned(Trial(f"t{number}", number, epochs), source))
             assert self.hopper.progress(f"t{number}")[1] == self.hopper.progress(source)[1]
+
+    @rule(data=st.data(), epochs=st.integers(1, 3))
+    def restore(self, data: st.DataObject, epochs: int) -> None:
+        number = len(self.hopper.trials)
+        units = data.draw(st.integers(0, epochs * self.shards - 1))
+        visited = frozenset(data.draw(st.permutations(range(self.shards)))[: units % self.shards])
+        if number < 12:
+            self.tell(TrialRestored(Trial(f"t{number}", number, epochs), units, visited))
+            assert self.hopper.progress(f"t{number}") == (units // self.shards, units, epochs * self.shards)
+            assert self.hopper.visited(f"t{number}") == visited
 
     @rule(data=st.data(), elapsed_s=st.floats(0, 10))
     @precondition(lambda self: self.ledger.open)
@@ -154,6 +169,11 @@ class HopperMachine(RuleBasedStateMachine):
             worker = data.draw(st.sampled_from(gone))
             self.tell(WorkerJoined(worker, self.worlds[worker]))
 
+    @rule(data=st.data())
+    def stay_away(self, data: st.DataObject) -> None:
+        if self.ledger.lost:
+            self.tell(WorkerStayedAway(data.draw(st.sampled_from(sorted(self.ledger.lost)))))
+
     @rule()
     def end_search(self) -> None:
         self.tell(SearchEnded())
@@ -171,13 +191,18 @@ class HopperMachine(RuleBasedStateMachine):
             TrialDecided("nobody", Decision.CONTINUE),
             TrialCloned(Trial("new", 99, 9), "nobody"),
             TrialAdded(Trial("new", 99, 0)),
+            TrialRestored(Trial("new", 99, 1), self.shards, frozenset()),
+            TrialRestored(Trial("new", 99, 2), 0, frozenset({0})),
+            TrialRestored(Trial("new", 99, 2), self.shards, frozenset({self.shards})),
             WorkerLost(WorkerId(99)),
+            WorkerStayedAway(WorkerId(99)),
             WorkerJoined(WorkerId(99), frozenset()),
             WorkerJoined(WorkerId(99), frozenset({self.shards})),
             UnitFinished(10_000, Unit("t0", 0, 0), 1.0),
             UnitFailed(0, Unit("t0", 0, 0), "boom"),
         ]
         events += [WorkerJoined(worker, shards) for worker, shards in self.ledger.holdings.items()]
+        events += [WorkerStayedAway(worker) for worker in self.ledger.holdings]
         events += [WorkerLost(worker) for worker in self.worlds if worker not in self.ledger.holdings]
         for job, (order, units) in self.ledger.open.items():
             ended = [unit for unit in order.units if unit not in units]
@@ -188,7 +213,9 @@ class HopperMachine(RuleBasedStateMachine):
         for trial in self.hopper.trials:
             events.append(TrialAdded(Trial(trial, 99, 1)))
             if self.hopper.status(trial) in ENDED:
-                events += [TrialDecided(trial, Decision.CONTINUE), TrialCloned(Trial("new", 99, 99), trial)]
+                events.append(TrialDecided(trial, Decision.CONTINUE))
+            if self.hopper.status(trial) not in CLONED:
+                events.append(TrialCloned(Trial("new", 99, 99), trial))
             elif self.hopper.progress(trial)[1] >= self.shards:
                 events.append(TrialCloned(Trial("new", 99, 1), trial))
         return events
@@ -223,7 +250,7 @@ class HopperMachine(RuleBasedStateMachine):
                     assert shards <= set(self.ledger.visited(account, epoch)), f"{worker} could run {trial}"
 
     def teardown(self) -> None:
-        """In a fair world every trial comes to its end."""
+        """In a fair world every trial comes to its end; who stays away need not come back while others are here."""
         if not hasattr(self, "hopper"):
             return
         self.tell(SearchEnded())
@@ -232,7 +259,7 @@ class HopperMachine(RuleBasedStateMachine):
             if all(self.hopper.status(trial) in ENDED for trial in trials):
                 break
             before = snapshot(self.hopper)
-            for worker in sorted(set(self.worlds) - set(self.ledger.holdings)):
+            for worker in sorted(set(self.ledger.lost) - (self.ledger.away if self.ledger.holdings else set())):
                 self.tell(WorkerJoined(worker, self.worlds[worker]))
             self.dispatch()
             for job, (_, units) in list(self.ledger.open.items()):

@@ -46,6 +46,12 @@ def talking(nets: Any) -> Any:
             super().validation_step(batch, batch_idx)
             self.log("val_first", batch[0][0, 0], on_step=True, on_epoch=True)
 
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx % 4 == 3:
+                self.loggers[0].experiment.add_histogram("weights", self.net[0].weight, self.global_step)
+                self.loggers[1].experiment.log_metrics({"largest": batch[0].max()}, self.global_step)
+            return super().training_step(batch, batch_idx)
+
         def on_fit_end(self) -> None:
             for logger in self.loggers:
                 logger.log_metrics({"ended": 2.0}, step=self.global_step)
@@ -394,3 +400,56 @@ def test_the_loggers_of_a_users_own_trainer_are_finalized(tmp_path: Path) -> Non
         assert kept.told[-1] == ending
         assert kept.told.count(ending) == 1
         assert not [told for told in kept.told if isinstance(told, dict)], "as the Trainer was told"
+
+
+# Services, where their packages are installed.
+
+
+class Telling(lightning_nets.Busy):  # type: ignore[misc]
+    """Logs through the run itself."""
+
+    def on_train_epoch_end(self) -> None:
+        self.logger.experiment.log({"mine": self.current_epoch})
+
+
+def test_runs_of_weights_and_biases_are_continuous(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # which has threads that outlive it
+    wandb = pytest.importorskip("wandb")
+    runs: dict[str, Any] = {}
+
+    def make(trial_id: str) -> Any:
+        runs[trial_id] = wandb.init(
+            project="p", name=trial_id, dir=str(tmp_path), mode="offline", reinit="create_new",
+            settings=wandb.Settings(silent=True),
+        )  # fmt: skip
+        return import_module("pytorch_lightning.loggers").WandbLogger(experiment=runs[trial_id])
+
+    trainable = LightningTrainable(Telling, trainer_kwargs={"logger": make, "log_every_n_steps": 5})
+    with Cerebro(**options) as executor:
+        executor.fit(trainable, [{"lr": 0.05}, {"lr": 0.01}])
+    for run in runs.values():
+        assert (run.summary["mine"], run.summary["trainer/global_step"]) == (1, 31)
+        run.finish()
+    wandb.teardown()
+
+
+def test_runs_of_mlflow_are_continuous(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    kept: dict[str, Any] = {}
+
+    def make(trial_id: str) -> Any:
+        made = import_module("pytorch_lightning.loggers").MLFlowLogger
+        return kept.setdefault(trial_id, made("e", run_name=trial_id, tracking_uri=f"file:{tmp_path}/mlflow"))
+
+    trainable = LightningTrainable(lightning_nets.Busy, trainer_kwargs={"logger": make, "log_every_n_steps": 4})
+    with Cerebro(**options) as executor:
+        executor.fit(trainable, [{"lr": 0.05}, {"lr": 0.01}])
+    for logger in kept.values():
+        steps = [metric.step for metric in logger.experiment.get_metric_history(logger.run_id, "loss_step")]
+        assert steps == list(range(3, 32, 4))
+        assert logger.experiment.get_run(logger.run_id).info.status == "FINISHED"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import holding_nets
 import lightning_nets
 import unified_nets
 from cerebro_tune import Cerebro, Decision, ShardedDataset, VisitLoader
@@ -60,6 +62,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rates": ("Stepwise", {"callbacks": ("LearningRateMonitor", {}), "log_every_n_steps": 2}),
     "stopping": ("Momentum", {"callbacks": ("EarlyStopping", {"monitor": "val_loss", "stopping_threshold": 9.9})}),
     "waiting": ("Plateau", {"callbacks": ("EarlyStopping", {"monitor": "val_loss", "patience": 1, "min_delta": 9})}),
+    "holding": ("Holding", {}),
+    "by_hand": ("ByHand", {}),
+    "sharpness": ("Sharpness", {}),
+    "lookahead": ("LookingAhead", {}),
+    "late": ("Late", {}),
+    "sparse": ("Sparse", {}),
+    "keeping": ("Momentum", {"callbacks": ("Keeping", {})}),
     "boring": ("Boring", {}),
     "manual_boring": ("ManualBoring", {}),
     "transformer": ("Transformer", {}),
@@ -89,8 +98,13 @@ def row_of(row: str, nets: Any) -> tuple[Any, dict[str, Any]]:
     """The module class of a row, and the Trainer's arguments; each call makes callbacks of its own."""
     name, kwargs = ROWS[row]
     kind, options = kwargs.get("callbacks", (None, {}))
-    made = [] if kind is None else [getattr(nets, kind, None) or getattr(nets.pl.callbacks, kind)]
-    return getattr(nets, name), kwargs | {"callbacks": [*(each(**dict(options)) for each in made), nets.Recorder()]}
+    made = [] if kind is None else [found(nets, kind)]
+    return found(nets, name), kwargs | {"callbacks": [*(each(**dict(options)) for each in made), nets.Recorder()]}
+
+
+def found(nets: Any, name: str) -> Any:
+    """The class of this name, among those of the tests or Lightning's callbacks."""
+    return next(getattr(home, name) for home in (nets, holding_nets, nets.pl.callbacks) if hasattr(home, name))
 
 
 def plain_fit(
@@ -151,7 +165,7 @@ def cerebro(
 @pytest.mark.filterwarnings("ignore:.*overriding `LightningModule.optimizer_")  # Busy, Hooks
 @pytest.mark.parametrize(("row", "nets"), CASES, ids=[f"{row}-{nets.HOST}" for row, nets in CASES])
 def test_hops_equal_a_plain_fit(
-    cerebro: Cerebro, train: ShardedDataset, validation: ShardedDataset, row: str, nets: Any
+    cerebro: Cerebro, train: ShardedDataset, validation: ShardedDataset, row: str, nets: Any, tmp_path: Path
 ) -> None:
     kind, kwargs = row_of(row, nets)
     form = {"as_dict": True} if row == "dicts" else {}
@@ -173,6 +187,8 @@ def test_hops_equal_a_plain_fit(
         if "hyper_parameters" not in expected:
             assert hopped.pop("hyper_parameters") == result.config
         assert_equal(hopped, expected)
+        trainer.save_checkpoint(tmp_path / "plain.ckpt")
+        assert_equal(reopened(kind, result.last_checkpoint), reopened(kind, tmp_path / "plain.ckpt"))
         recorder = trainer.callbacks[-1]
         (recorded,) = (of for name, of in extras["attributes"].items() if name.endswith(".Recorder"))
         assert_equal(recorded, {name: vars(recorder)[name] for name in recorded})
@@ -181,6 +197,14 @@ def test_hops_equal_a_plain_fit(
         for report, logged in zip(result.history, ends, strict=True):
             assert {name: report[name] for name in logged} == logged
         check_row(row, trainer, extras)
+
+
+def reopened(kind: Any, path: Any) -> Any:
+    """The weights that a checkpoint gives a module of this class, or what is wrong."""
+    try:
+        return kind.load_from_checkpoint(path).state_dict()
+    except RuntimeError as error:  # a buffer that has no value in a fresh build
+        return str(error)
 
 
 def check_row(row: str, trainer: Any, extras: dict[str, Any]) -> None:

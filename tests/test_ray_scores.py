@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +24,8 @@ from ray.tune.schedulers.pb2 import PB2
 
 from cerebro_tune_ray import PromotionASHA
 from cerebro_tune_ray.schedulers import lacking
-from cerebro_tune_ray.score import fill_score, judge, loss_of
-from ray_stand_in import StandInController, StandInTrial
+from cerebro_tune_ray.score import Judged, fill_score, loss_of
+from ray_stand_in import Member, StandInController, StandInTrial
 
 Curve = Sequence[Any]
 SCORES = st.sampled_from([0.0, 0.5, 1.0, math.nan, math.nan, None, math.inf]) | st.floats(-2, 2)
@@ -40,15 +39,11 @@ def unscored(score: float | None) -> bool:
 
 
 class Search(StandInController):
-    """Asks through `judge`, and has the searcher that BOHB's scheduler talks to."""
+    """Has its scheduler judged, and the searcher that BOHB's scheduler talks to."""
 
-    def __init__(self, scheduler: TrialScheduler, curves: Sequence[Curve], slots: int) -> None:
-        super().__init__(scheduler, curves, slots, ask=judge)
+    def __init__(self, scheduler: TrialScheduler, curves: Sequence[Curve], slots: int, **options: Any) -> None:
+        super().__init__(Judged(scheduler), curves, slots, **options)
         self.search_alg.searcher = SimpleNamespace(on_pause=lambda trial_id: None, on_unpause=lambda trial_id: None)
-
-    def complete(self, trial: StandInTrial, result: dict[str, Any]) -> None:
-        fill_score(self.scheduler, result)
-        super().complete(trial, result)
 
     def last_result(self, trial: StandInTrial) -> dict[str, Any]:
         """A score of None stands for a metric that is not there."""
@@ -70,16 +65,17 @@ def test_none_survives_a_rung_of_hyperband(
 ) -> None:
     """Neither by waiting for the others of its bracket, nor as the one whose result ends their waiting."""
 
-    def ask(scheduler: HyperBandScheduler, controller: Search, trial: StandInTrial, result: dict[str, Any]) -> str:
-        bracket = scheduler._trial_info[trial][0]
-        milestone = bracket._cumul_r
-        decision = judge(scheduler, controller, trial, result)
-        if unscored(trial.curve[trial.units - 1]):
-            assert decision == "STOP" or (decision == "CONTINUE" and bracket._cumul_r == milestone > trial.units)
-        return decision
+    class Asked(Search):
+        def ask(self, trial: StandInTrial, result: dict[str, Any]) -> str:
+            bracket = scheduler._trial_info[trial][0]
+            milestone = bracket._cumul_r
+            decision = super().ask(trial, result)
+            if unscored(trial.curve[trial.units - 1]):
+                assert decision == "STOP" or (decision == "CONTINUE" and bracket._cumul_r == milestone > trial.units)
+            return decision
 
-    search = Search(kind(max_t=8, reduction_factor=2, **COMPARED), curves, slots)
-    search.ask = ask
+    scheduler = kind(max_t=8, reduction_factor=2, **COMPARED)
+    search = Asked(scheduler, curves, slots)
     search.end(picks)
     assert {trial.status for trial in search.trials} == {Trial.TERMINATED}
 
@@ -87,13 +83,8 @@ def test_none_survives_a_rung_of_hyperband(
 @given(CURVES, PICKS, st.integers(1, 5))
 def test_none_survives_the_grace_period_of_the_median_rule(curves: list[Curve], picks: list[int], slots: int) -> None:
     rule = MedianStoppingRule(time_attr="training_iteration", grace_period=3, min_samples_required=2, **COMPARED)
-    search = Search(rule, curves, slots)
-    for step in range(8 * len(curves)):
-        running = search.of(Trial.RUNNING)
-        if running and (done := running[picks[step % len(picks)] % len(running)]).units == 8:
-            search.stop_trial(done)
-        elif not search.step(picks[step % len(picks)]):
-            break
+    search = Search(rule, curves, slots, stop=8)
+    search.end(picks)
     for trial in search.trials:
         assert not any(unscored(score) for score in trial.curve[2 : trial.units - 1])
 
@@ -133,7 +124,10 @@ def test_schedulers_that_do_not_compare_see_what_was_reported(score: float | Non
         result = {"training_iteration": 1, "loss": score}
         assert not fill_score(scheduler, result)
         assert result["loss"] is score
-    assert judge(promotion, None, StandInTrial("a", []), {"training_iteration": 1, "loss": score}) == "STOP"
+    assert (
+        Judged(promotion).on_trial_result(None, StandInTrial("a", []), {"training_iteration": 1, "loss": score})
+        == "STOP"
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,29 +143,6 @@ def test_schedulers_that_do_not_compare_see_what_was_reported(score: float | Non
 def test_losses(value: float | None, mode: str, loss: float) -> None:
     assert loss_of({"metric": value}, "metric", mode) == loss_of({"metric": value, "other": 0}, "metric", mode) == loss
     assert loss_of({}, "metric", mode) == math.inf
-
-
-@dataclass(eq=False)
-class Member(StandInTrial):
-    """What PBT wants of a trial: its config tells which member's state it has."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    evaluated_params: dict[str, Any] = field(default_factory=dict)
-    last_result: dict[str, Any] = field(default_factory=dict)
-    experiment_tag = ""
-    run_metadata: Any = None
-
-    def __post_init__(self) -> None:
-        self.config = {"member": self.trial_id, "lr": 0.1 + int(self.trial_id) / 10}
-        self.run_metadata = SimpleNamespace(
-            checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
-        )
-
-    def set_experiment_tag(self, tag: str) -> None:
-        self.experiment_tag = tag
-
-    def set_config(self, config: dict[str, Any]) -> None:
-        self.config = config
 
 
 class Population(Search):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,13 @@ def test_the_python_blocks_run(tmp_path: Path) -> None:
     program = tmp_path / "readme.py"
     program.write_text("\n".join(text for language, text in BLOCKS if language == "python"))
     done = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+        env=os.environ | {"RAY_ADDRESS": "local"},  # a Ray of its own, whatever else runs here
     )
     assert done.returncode == 0, done.stderr
     assert "compute" in done.stdout

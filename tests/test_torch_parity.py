@@ -275,7 +275,9 @@ def test_what_is_trained_beside_the_model_is_refused() -> None:
 
 
 def test_a_module_beside_the_model_is_refused_by_name() -> None:
-    with pytest.raises(ConfigurationError, match=r"Teacher\.teachers is a Sequential that is not part of the model"):
+    with pytest.raises(
+        ConfigurationError, match=r"Teacher\.teachers\[0\] is a Sequential that is not part of the model"
+    ):
         Teacher().start({"lr": 0.1}, Plan(1, 4, (8,)))
     Inside().start({"lr": 0.1}, Plan(1, 4, (8,)))
 

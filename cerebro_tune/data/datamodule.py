@@ -6,6 +6,7 @@ By its methods only, so that the core imports no Lightning: `prepare_data`, `set
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class SharedModule:
             raise ConfigurationError(
                 f"datamodule is {module!r}; it must be a LightningDataModule, an object with train_dataloader()."
             )
+        _check_stages(module)
         if hasattr(module, "prepare_data"):
             with _with_trainer(module):
                 module.prepare_data()
@@ -94,7 +96,7 @@ class SharedModule:
             with kept_streams():
                 seed_data(self.seed)
                 if hasattr(module, "setup"):
-                    module.setup("fit")
+                    module.setup(stage="fit")
             self._module = module
         return self._module
 
@@ -114,7 +116,7 @@ class SharedModule:
     def close(self) -> None:
         """Call `teardown` if this process has set the module up."""
         if self._module is not None and hasattr(self._module, "teardown"):
-            self._module.teardown("fit")
+            self._module.teardown(stage="fit")
         self._module = None
         self._loaders.clear()
 
@@ -147,6 +149,20 @@ class ModuleCollate:
 
     def __call__(self, samples: list[Any]) -> Any:  # noqa: D102
         return self.shared.loader(self.role).collate_fn(samples)
+
+
+def _check_stages(module: Any) -> None:
+    """Raise ConfigurationError for a hook that does not take the stage that it is called with."""
+    for hook in ("setup", "teardown"):
+        if not hasattr(module, hook):
+            continue
+        try:
+            inspect.signature(getattr(module, hook)).bind(stage="fit")
+        except TypeError:
+            raise ConfigurationError(
+                f"{type(module).__name__}.{hook} does not take the stage, which Lightning calls it with: write "
+                f"def {hook}(self, stage)."
+            ) from None
 
 
 def _lacks_trainer(module: Any) -> bool:

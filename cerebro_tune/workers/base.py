@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
 import cloudpickle
 
+from cerebro_tune.arguments import cores, devices_of
 from cerebro_tune.errors import ConfigurationError, NotPicklableError
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import WorkerId
@@ -26,11 +28,40 @@ class Workers(ABC):
     Args:
         devices: One torch device string per worker.
         threads: What torch may use in each worker.
+        first: Number of the first worker.
     """
 
-    def __init__(self, devices: Sequence[str], threads: int) -> None:
-        self.ids = tuple(WorkerId(number) for number in range(len(devices)))
+    apart = False
+    """Whether the workers, once started, are on several machines."""
+
+    def __init__(self, devices: Sequence[str], threads: int, first: int = 0) -> None:
+        self.ids = tuple(WorkerId(first + number) for number in range(len(devices)))
         self.devices, self.threads = tuple(devices), threads
+
+    @classmethod
+    def plan(
+        cls,
+        workers: int | None,
+        devices: str | Sequence[str],
+        per_device: int,
+        resources: Mapping[str, float] | None,
+    ) -> tuple[tuple[str, ...], Callable[[], Workers]]:
+        """The device of each worker, and what makes the workers, as the arguments of `Cerebro` want it."""
+        if resources is not None:
+            raise ConfigurationError(
+                f'resources_per_worker is {dict(resources)!r}, and only backend="ray" takes it: the workers of other '
+                "backends are placed by workers, devices and workers_per_device."
+            )
+        found = devices_of(workers, devices, per_device)
+        return found, partial(cls, found, max(1, len(cores()) // len(found)))
+
+    def pinned(self, placement: str, shards: int) -> bool:
+        """Whether each shard is to stay with one worker: "auto" is so where a machine would fetch what another has."""
+        return placement == "pinned" or (placement == "auto" and self.apart and len(self.ids) <= shards)
+
+    def device(self, worker: WorkerId) -> str:
+        """Where a worker computes."""
+        return self.devices[worker.number - self.ids[0].number]
 
     @abstractmethod
     def start(self, grow: Grow) -> None:
@@ -95,11 +126,10 @@ def ship(what: Any, name: str) -> bytes:
     return pickled
 
 
-def make_workers(backend: str, devices: Sequence[str], threads: int, **options: Any) -> Workers:
-    """The workers of a backend by its name."""
+def backend_of(name: str) -> type[Workers]:
+    """The backend of this name."""
     backends = {entry.name: entry for entry in entry_points(group="cerebro_tune.workers")}
-    if backend not in backends:
-        hint = ' The Ray backend needs: pip install "cerebro-tune[ray]".' if backend == "ray" else ""
-        raise ConfigurationError(f"There is no backend {backend!r}; valid: {', '.join(sorted(backends))}.{hint}")
-    kind: type[Workers] = backends[backend].load()
-    return kind(devices, threads, **options)
+    if name not in backends:
+        raise ConfigurationError(f"There is no backend {name!r}; valid: {', '.join(sorted(backends))}.")
+    backend: type[Workers] = backends[name].load()
+    return backend

@@ -69,7 +69,7 @@ class InlineWorkers(Workers):
         self._said = deque(message for message in self._said if message.worker != worker)
         if runner := self._runners.pop(worker, None):
             runner.close()
-        self._runners[worker] = UnitRunner(worker, self.devices[worker.number], self._grow)
+        self._runners[worker] = UnitRunner(worker, self.device(worker), self._grow)
         self._said.append(Joined(worker))
 
     def close(self) -> None:  # noqa: D102

@@ -39,8 +39,8 @@ class _Seat:
 class LocalWorkers(Workers):
     """Forked by a server process; in fresh interpreters where CUDA is used (it cannot be forked) or on macOS."""
 
-    def __init__(self, devices: Sequence[str], threads: int, fork: bool | None = None) -> None:
-        super().__init__(devices, threads)
+    def __init__(self, devices: Sequence[str], threads: int, first: int = 0, fork: bool | None = None) -> None:
+        super().__init__(devices, threads, first)
         may_fork = sys.platform == "linux" and not any(device.startswith("cuda") for device in devices)
         self._fork = may_fork if fork is None else fork
         self._seats: dict[WorkerId, _Seat] = {}
@@ -121,7 +121,7 @@ class LocalWorkers(Workers):
 
     def _boot(self, worker: WorkerId) -> Boot:
         """Each CUDA worker sees its own device only, as device 0."""
-        kind, _, index = self.devices[worker.number].partition(":")
+        kind, _, index = self.device(worker).partition(":")
         if kind != "cuda":
             return Boot(worker, kind, None, self.threads, os.getpid())
         allowed = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ class Export:
     best_so_far: float | None
     last_path: Path | None
 
+    def place(self, metrics: Mapping[str, float]) -> tuple[Path | None, bool]:
+        """Where the unit's one checkpoint goes (the best also serves as the last), and whether it is the best."""
+        if self.best_path is not None and improves(self.metric, self.mode, metrics, self.best_so_far):
+            return self.best_path, True
+        return self.last_path, False
+
+
+def improves(metric: str | None, mode: str, metrics: Mapping[str, float], best: float | None) -> bool:
+    """Whether a report is better than the best so far; without a metric the latest always is, NaN never."""
+    if metric is None:
+        return True
+    value = metrics.get(metric, math.nan)
+    if math.isnan(value):
+        return False
+    return best is None or (value < best if mode == "min" else value > best)
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -66,6 +83,8 @@ class Task:
     committed: BufferRef | None
     committed_bytes: int
     working: BufferRef | None
+    digest: str = ""
+    """Of the committed state, by which a worker elsewhere knows whether the copy that it kept is this one."""
     trained_under: bytes | None = None
     """The config the state was trained under, where it differs from `config`."""
     export: Export | None = None
@@ -147,6 +166,11 @@ class Spans:
         """Seconds of training."""
         return self.trained - self.loaded - self.validation_s
 
+    def ended_at(self, moment: float, sent: float) -> Spans:
+        """The same by another machine's clock, on which the task was sent and the unit had come to its end there."""
+        ahead = moment - self.ended
+        return replace(self, began=sent, loaded=self.loaded + ahead, trained=self.trained + ahead, ended=moment)
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -177,6 +201,11 @@ class Raised:
     kinds: tuple[str, ...] = ()
 
 
+def kinds_of(error: BaseException) -> tuple[str, ...]:
+    """The names of the classes that an exception is of; its own class may not travel."""
+    return tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """Text that user code printed in a worker."""
@@ -195,4 +224,12 @@ class Lost:
     reason: str = field(default="")
 
 
-Message = Joined | Ready | NeedBuffer | Finished | Raised | Output | Lost
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A worker that was started is not up yet, and may not be for long: no node has room for it, say."""
+
+    worker: WorkerId
+    reason: str = field(default="")
+
+
+Message = Joined | Ready | NeedBuffer | Finished | Raised | Output | Lost | Late

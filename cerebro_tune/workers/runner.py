@@ -24,7 +24,7 @@ from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
 from cerebro_tune.store import BufferCache, BufferRef, copy
 from cerebro_tune.trainable import Plan, Recipe, Trainable, UnitWork
 from cerebro_tune.units import WorkerId
-from cerebro_tune.workers.messages import Finished, Forget, Message, Raised, Setup, Spans, Task
+from cerebro_tune.workers.messages import Finished, Forget, Message, Raised, Setup, Spans, Task, kinds_of
 
 T = TypeVar("T")
 
@@ -234,16 +234,14 @@ class UnitRunner:
         return used, state.digest(buffer, used)
 
     def _export(self, task: Task, tree: Any, metrics: dict[str, float]) -> bool:
-        """Write the one checkpoint that is due: the best, which also serves as the last, or the last."""
-        export = task.export
-        if export is None:
+        """Write the one checkpoint that is due, if one is; return whether it is the best."""
+        if task.export is None:
             return False
-        better = export.best_path is not None and improves(export.metric, export.mode, metrics, export.best_so_far)
-        path = export.best_path if better else export.last_path
+        path, best = task.export.place(metrics)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._recipe_of(task.unit.trial).export(tree, path)
-        return better
+        return best
 
     def _synchronize(self) -> None:
         """Wait for the device, so that training is not accounted as hopping."""
@@ -269,18 +267,7 @@ def run_task(runner: UnitRunner, task: Task) -> Message:
     try:
         return runner.run(task)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # the traceback becomes the trial's error
-        kinds = tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__)
-        return Raised(runner.worker, task.job, task.unit, traceback.format_exc(), kinds)
-
-
-def improves(metric: str | None, mode: str, metrics: dict[str, float], best: float | None) -> bool:
-    """Whether a report is better than the best so far; without a metric the latest always is, NaN never."""
-    if metric is None:
-        return True
-    value = metrics.get(metric, math.nan)
-    if math.isnan(value):
-        return False
-    return best is None or (value < best if mode == "min" else value > best)
+        return Raised(runner.worker, task.job, task.unit, traceback.format_exc(), kinds_of(error))
 
 
 def _place(task: Task) -> tuple[int, int]:

@@ -32,6 +32,7 @@ def make_safe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def export(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a trial's state as a checkpoint file, whole or not at all; warn of what cannot be in it, by name."""
     safe, skipped = make_safe(checkpoint)
+    skipped = [name for name in skipped if not name.startswith(f"{EXTRAS}.")]  # which no module is made of
     skipped += checkpoint[EXTRAS]["left_out"]
     if skipped:
         warnings.warn(

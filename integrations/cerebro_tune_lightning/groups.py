@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cerebro_tune.adopt import adopt_optimizer
+from cerebro_tune.adopt import adopt_optimizer, saves_whole
 from cerebro_tune.errors import NotTrainableError
 
 Names = list[list[list[str]]]
@@ -29,10 +29,16 @@ def names_of(module: nn.Module, optimizers: Sequence[Any]) -> Names:
 
 
 def load(module: nn.Module, optimizers: Sequence[Any], names: Names, states: Sequence[dict[str, Any]]) -> None:
-    """Give the optimizers the groups that training has made, and their states, in place."""
+    """Give the optimizers the groups that training has made, and their states, in place.
+
+    One that says itself how it is loaded, such as one that wraps another, hops as attributes do: others may hold its
+    groups and state, and go on holding them.
+    """
     parameters = dict(module.named_parameters())
     present = names_of(module, optimizers)
     for optimizer, mine, wanted, state in zip(optimizers, present, names, states, strict=True):
+        if not saves_whole(optimizer):
+            continue
         if mine != wanted:
             optimizer.param_groups[:] = [{"params": [parameters[name] for name in group]} for group in wanted]
         adopt_optimizer(optimizer, state)

@@ -44,6 +44,8 @@ class HopFit:
         told.refuse(trainer, given)
         self._seat = current() if trial is None else as_seat(trial, executor, metric or self._monitor())
         self._executor = executor if self._seat is None or executor is not None else self._seat.executor
+        if self._seat is not None:
+            trainer.callbacks[:] = [each for each in trainer.callbacks if not self._seat.takes_over(each)]
         self._back = HandBack(trainer, host, self._given)
         self._metric, self._mode = self._measure(metric)
 
@@ -93,30 +95,29 @@ class HopFit:
         if result.error is not None:
             name = type(self.module).__name__
             raise TrialFailedError(f"{result.trial_id}, a {name}, failed:\n{result.error}")
+        self._back.set_up(executor.seed)
         for state in states:  # none of a trial that was stopped before its first unit
-            self._back.take_up(state, executor.plan(epochs, batch_size), result)
+            if logged := self._back.take_up(state, executor.plan(epochs, batch_size), result):
+                log.hear(logged)
         self._back.close(stopped=result.status == "stopped")
+        self._back.show_data()
         if seat is not None:
             seat.conclude(result)
-        log.end("success", self._savers())  # one that fails is Lightning's to finalize
+        log.end("success", callbacks.savers(self.trainer.callbacks))  # one that fails is Lightning's to finalize
 
     def _fit(self, log: Log) -> Fit:
         name = type(self.module).__name__
         kwargs = told.trainer_kwargs(self.trainer, told.working_callbacks(self.trainer))
-        callbacks_given = pickled(kwargs, "What the Trainer was given as callbacks")
-        return Fit(pickled(self.module, f"The module {name}"), callbacks_given, name, log.hear)
-
-    def _savers(self) -> list[Any]:
-        """The Trainer's ModelCheckpoint callbacks."""
-        return list(filter(None, (callbacks.checkpoint_callback([each]) for each in self.trainer.callbacks)))
+        return Fit(pickled((self.module, kwargs), f"The module {name}, or a callback of its Trainer,"), name, log.hear)
 
     def _monitor(self) -> str | None:
         """What the first ModelCheckpoint monitors, if one does."""
-        return next((str(saver.monitor) for saver in self._savers() if saver.monitor is not None), None)
+        savers = callbacks.savers(self.trainer.callbacks)
+        return next((str(saver.monitor) for saver in savers if saver.monitor is not None), None)
 
     def _measure(self, metric: str | None) -> tuple[str | None, str]:
         """What trials are compared by, and whether less of it is better."""
-        monitored = [saver for saver in self._savers() if saver.monitor is not None]
+        monitored = [saver for saver in callbacks.savers(self.trainer.callbacks) if saver.monitor is not None]
         seat = self._seat
         chosen = metric or (None if seat is None else seat.metric) or self._monitor()
         mode = next((str(saver.mode) for saver in monitored if saver.monitor == chosen), "min")
@@ -126,7 +127,7 @@ class HopFit:
                 "its best_model_path will be.",
                 stacklevel=2,
             )
-        return chosen, mode if seat is None else seat.mode
+        return chosen, mode if seat is None or seat.metric is None else seat.mode
 
     def _data(self) -> dict[str, Any]:
         """What the fit is to read, as arguments of an executor; nothing where the executor has it."""

@@ -18,22 +18,44 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import count
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import cloudpickle
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.errors import ConfigurationError, NotPicklableError
 from cerebro_tune_lightning.callbacks import derives
 
-Call = tuple[int, str, tuple[Any, ...], dict[str, Any]]
-"""Of which logger, which method, with what."""
+Call = tuple[int, str, tuple[Any, ...] | bytes, dict[str, Any]]
+"""Of which logger, which method, with what: all of it in the place of the arguments where it is pickled."""
 
 _OF_FILES = ("CSVLogger", "TensorBoardLogger")
 """Lightning's loggers that write files of their own under a version, of which one can be made like another."""
 _HOSTS = ("pytorch_lightning", "lightning.pytorch")
 _GONE_WELL = ("finished", "stopped", "paused")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a module may ask of a logger: its class, its name, version and folders."""
+
+    kind: type | None = None
+    named: tuple[Any, ...] = ("", "", None, None, None)
+
+    @classmethod
+    def of(cls, logger: Any) -> Facts:
+        """Those of a logger that is there."""
+        return cls(type(logger), tuple(_asked(logger, name) for name in _NAMED))
+
+
+_NAMED = ("name", "version", "save_dir", "root_dir", "log_dir")
+
+
+def _asked(logger: Any, name: str) -> Any:
+    value = getattr(logger, name, None)
+    return value if isinstance(value, str | int | os.PathLike) else None
 
 
 # In a worker.
@@ -42,15 +64,15 @@ _GONE_WELL = ("finished", "stopped", "paused")
 class Recording:
     """The loggers of a kept Trainer: they write nothing, and remember what they are told.
 
-    `dummy` is the DummyLogger of the host, of which everything else comes: whatever is written through
-    `logger.experiment` goes nowhere. `loggers` is how many a module sees; None is one that nobody listens to.
+    Calls of `logger.experiment` and of what else a logger can do are remembered likewise, and return None. `dummy` is
+    the DummyLogger of the host. `loggers` says what those are that a module sees; None is one that nobody listens to.
     """
 
-    def __init__(self, dummy: Any, loggers: int | None) -> None:
+    def __init__(self, dummy: Any, loggers: Sequence[Facts] | None) -> None:
         self._opening: list[Call] = []
         self._calls: list[Call] = []
-        indices = range(loggers or 0)
-        self.loggers = [dummy()] if loggers is None else [_make_recorder(dummy, self._calls, i) for i in indices]
+        made = [_make_recorder(dummy, self._calls, i, facts) for i, facts in enumerate(loggers or ())]
+        self.loggers = [dummy()] if loggers is None else made
 
     def begin(self) -> None:
         """What was logged so far comes before the first unit."""
@@ -70,9 +92,15 @@ class Recording:
         return taken
 
 
-def _make_recorder(dummy: Any, calls: list[Call], index: int) -> Any:
+def _make_recorder(dummy: Any, calls: list[Call], index: int, facts: Facts) -> Any:
     class Recorder(dummy):  # type: ignore[misc]  # known only when the module's class is
         __module__ = dummy.__module__  # a module that keeps one in an attribute keeps something of Lightning's
+        name, version, save_dir, root_dir, log_dir = facts.named
+        experiment = _Experiment(calls, index)
+
+        @property  # type: ignore[misc]  # it is only read
+        def __class__(self) -> Any:  # what `isinstance` looks at, and code that writes to TensorBoard asks
+            return facts.kind or Recorder
 
         def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
             calls.append((index, "log_metrics", (_numbers(metrics), step), {}))
@@ -80,7 +108,37 @@ def _make_recorder(dummy: Any, calls: list[Call], index: int) -> Any:
         def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
             calls.append((index, "log_hyperparams", (_portable(params), *args), kwargs))
 
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return partial(_record, calls, index, name)
+
     return Recorder()
+
+
+class _Experiment:
+    """Stands for what a logger writes with: a SummaryWriter, a run of a service."""
+
+    def __init__(self, calls: list[Call], index: int) -> None:
+        self._calls, self._index = calls, index
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return partial(_record, self._calls, self._index, f"experiment.{name}")
+
+
+def _record(calls: list[Call], index: int, method: str, *args: Any, **kwargs: Any) -> None:
+    """Remember a call with what it is given now: tensors and figures may be other ones by the time it is made."""
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), (args, kwargs))
+    try:
+        given = cloudpickle.dumps((args, kwargs))
+    except Exception as error:  # pickling runs code of the object's own, which may raise anything
+        raise NotPicklableError(
+            f"logger.{method} is called in a worker with what cannot travel to the logger: {type(error).__name__}: "
+            f"{error}. Give it numbers, text, tensors, arrays or figures."
+        ) from error
+    calls.append((index, method, given, {}))
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,20 +175,20 @@ def _travels(value: Any) -> bool:
 class Elsewhere:
     """Stands for loggers that hear of a trial by other ways: those of a user's own Trainer."""
 
-    count: int
+    loggers: tuple[Facts, ...]
 
 
 class TrialLoggers:
     """The loggers of a trainable's trials, made of what was given as the Trainer's `logger`.
 
-    It travels to the workers as the number of loggers that a module is to see there.
+    It travels to the workers as what a module is to see there.
     """
 
     def __init__(self, given: Any) -> None:
         self._makers = [] if isinstance(given, Elsewhere) else _makers(given)
-        seen = given.count if isinstance(given, Elsewhere) else len(self._makers)
+        seen = given.loggers if isinstance(given, Elsewhere) else (Facts(),) * len(self._makers)
         self.recorded = None if given is None else seen
-        """How many loggers a worker is to record; None for one that nobody listens to."""
+        """The loggers that a worker is to record; None for one that nobody listens to."""
         self._logs: dict[str, Log] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,7 +221,7 @@ class Log:
         """Log what `Recording.take` gave of the next unit."""
         opening, calls = cloudpickle.loads(logged)
         for index, method, args, kwargs in calls if self._opened else [*opening, *calls]:
-            self._do(index, methodcaller(method, *args, **kwargs))
+            self._do(index, partial(_call, method, args, kwargs))
         self._opened = True
         for index in range(len(self._loggers)):
             self._do(index, methodcaller("save"))
@@ -187,6 +245,13 @@ class Log:
                 f"{type(error).__name__}: {error}",
                 stacklevel=2,
             )
+
+
+def _call(method: str, args: Any, kwargs: Any, logger: Any) -> None:
+    """Do what was recorded."""
+    if isinstance(args, bytes):
+        args, kwargs = cloudpickle.loads(args)
+    attrgetter(method)(logger)(*args, **kwargs)
 
 
 def _makers(given: Any) -> list[Callable[[str], Any]]:

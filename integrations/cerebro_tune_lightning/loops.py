@@ -17,7 +17,6 @@ on from a checkpoint for a restarted one, and leaves that scheduler out at its e
 
 from __future__ import annotations
 
-import copy
 import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from cerebro_tune.errors import NotTrainableError
 from cerebro_tune.trainable import Plan, UnitWork
 from cerebro_tune_lightning import callbacks, groups, results, versions
 from cerebro_tune_lightning.lending import LentData
-from cerebro_tune_lightning.loggers import Recording
+from cerebro_tune_lightning.loggers import Facts, Recording
 from cerebro_tune_lightning.quiet import hushed, quiet
 from cerebro_tune_lightning.watcher import make_watcher
 
@@ -45,7 +44,12 @@ class KeptTrainer:
     """A Trainer set up for one module. Units run in it one by one, each on the state that was restored before."""
 
     def __init__(
-        self, module: Any, host: str, plan: Plan, trainer_kwargs: Mapping[str, Any], loggers: int | None = None
+        self,
+        module: Any,
+        host: str,
+        plan: Plan,
+        trainer_kwargs: Mapping[str, Any],
+        loggers: Sequence[Facts] | None = None,
     ) -> None:
         versions.check(host)
         self.module, self._host = module, host
@@ -61,7 +65,7 @@ class KeptTrainer:
         self._gradients_seen = self.overrides("on_before_zero_grad", "optimizer_zero_grad")
         self._metrics = _Noted({})
         self._connector._callback_metrics = self._metrics
-        self._begun = False
+        self._begun = self._ended = False
 
     def run(self, work: UnitWork) -> dict[str, float]:
         """Train on the unit's batches and return what was logged; an epoch that is to stop is ended here."""
@@ -106,8 +110,18 @@ class KeptTrainer:
         """Whether a callback or the module has set `trainer.should_stop`, and enough is trained to heed it."""
         return bool(self.trainer.should_stop and self._fit._can_stop_early)
 
+    def conclude(self) -> None:
+        """End a trial that was stopped from outside as one that has set `trainer.should_stop`; once."""
+        if self._ended:
+            return
+        self.trainer.should_stop = self.trainer.training = True
+        if self.in_mid_epoch:
+            self._fit.on_advance_end()
+        self._end()
+
     def _end(self) -> None:
         """Call the hooks that follow the last epoch, whose work belongs to the final state."""
+        self._ended = True
         self._fit.on_run_end()
         call = self._get("trainer.call")
         call._call_callback_hooks(self.trainer, "on_fit_end")
@@ -160,6 +174,7 @@ class KeptTrainer:
         connector = self._connector
         return {
             "should_stop": self.trainer.should_stop and not self._fit._can_stop_early,  # and so is to stop later
+            "ended": self._ended,
             "accumulate": self.trainer.accumulate_grad_batches,
             "clipping": (self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm),
             "epoch": results.dump(self._epoch._results),
@@ -173,6 +188,7 @@ class KeptTrainer:
         """Take up what `dump_progress` gave."""
         connector, device = self._connector, self.trainer.strategy.root_device
         self.trainer.should_stop, self.trainer.accumulate_grad_batches = state["should_stop"], state["accumulate"]
+        self._ended = state["ended"]
         self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm = state["clipping"]
         module = self._get("trainer.connectors.logger_connector.result")
         results.restore(self._epoch._results, state["epoch"], module, self.trainer)
@@ -201,7 +217,7 @@ class KeptTrainer:
     # Setting up.
 
     def _set_up(self, plan: Plan, trainer_kwargs: Mapping[str, Any]) -> Any:
-        kwargs = copy.deepcopy(dict(trainer_kwargs))  # callbacks have state, and each trial needs its own
+        kwargs = dict(trainer_kwargs)
         given = callbacks.working(callbacks.as_list(kwargs.pop("callbacks", None)), type(self.module).__name__)
         trainer = import_module(self._host).Trainer(
             **_DEFAULTS
@@ -240,7 +256,24 @@ class KeptTrainer:
         if not any(not isinstance(optimizer, mock) for optimizer in trainer.optimizers):
             raise NotTrainableError(f"{name}.configure_optimizers gave no optimizers. {_VALID}")
         groups.names_of(self.module, trainer.optimizers)
+        self._check_schedules()
+        callbacks.check_savers(trainer.callbacks, name)
         trainer.callbacks[:] = callbacks.working(trainer.callbacks, name)  # with those that the module brings
+
+    def _check_schedules(self) -> None:
+        """Raise NotTrainableError for a schedule that would run out of steps, and then fail the trial at its end."""
+        for config in self.trainer.lr_scheduler_configs if self.module.automatic_optimization else ():
+            laid_out = getattr(config.scheduler, "total_steps", None)
+            if laid_out is None or config.interval != "step":
+                continue
+            steps = self.trainer.estimated_stepping_batches // config.frequency
+            if laid_out < steps:
+                raise NotTrainableError(
+                    f"The {type(config.scheduler).__name__} of {type(self.module).__name__} is laid out for "
+                    f"{laid_out} steps, and there will be {steps}: each shard ends with a batch of its own, so that an "
+                    f"epoch has {self.trainer.num_training_batches} batches, more than a loader over all rows. Give it "
+                    "total_steps=self.trainer.estimated_stepping_batches."
+                )
 
     def _get(self, module: str) -> Any:
         return import_module(f"{self._host}.{module}")

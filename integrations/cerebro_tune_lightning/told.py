@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,14 +24,15 @@ def trainer_kwargs(trainer: Any, working: list[Any]) -> dict[str, Any]:
     return {
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "benchmark": torch.backends.cudnn.benchmark,
-        "callbacks": [_unattached(callback) for callback in working],
+        "callbacks": list(working),
+        "default_root_dir": trainer.default_root_dir,
         "detect_anomaly": trainer._detect_anomaly,
         "deterministic": _deterministic(),
         "enable_autolog_hparams": trainer.enable_autolog_hparams,
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
         "gradient_clip_val": trainer.gradient_clip_val,
         "log_every_n_steps": trainer.log_every_n_steps,
-        "logger": loggers.Elsewhere(len(trainer.loggers)),
+        "logger": loggers.Elsewhere(tuple(map(loggers.Facts.of, trainer.loggers))),
         "min_epochs": trainer.min_epochs,
         "min_steps": trainer.min_steps,
         "precision": trainer.precision,
@@ -59,6 +59,7 @@ def refuse(trainer: Any, given: Mapping[str, Any]) -> None:
     _refuse_plugins(trainer)
     loggers.refuse_graphs(trainer.loggers)
     working_callbacks(trainer)
+    callbacks.check_savers(trainer.callbacks, type(given["model"]).__name__)
     progress = trainer.fit_loop.epoch_progress.current
     if progress.ready > 0 and progress.processed < epochs_of(trainer):
         raise ConfigurationError(
@@ -66,14 +67,6 @@ def refuse(trainer: Any, given: Mapping[str, Any]) -> None:
             "would go on from there; by hops every fit is a trial of its own: make a new Trainer, or go on from a "
             "checkpoint in one without HopStrategy."
         )
-
-
-def _unattached(callback: Any) -> Any:
-    """The callback without what a Trainer has hung on it in an earlier fit: the module's methods for logging."""
-    free = copy.copy(callback)
-    for name in ("log", "log_dict"):
-        vars(free).pop(name, None)
-    return free
 
 
 def _limits(trainer: Any, given: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[Any, ...], str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ _VALID_KWARGS = (
     "accumulate_grad_batches",
     "benchmark",
     "callbacks",
+    "default_root_dir",
     "detect_anomaly",
     "deterministic",
     "enable_autolog_hparams",
@@ -62,8 +64,8 @@ class LightningTrainable(Recipe):
             `logger` is a CSVLogger or TensorBoardLogger, of which each trial gets a version named by its id; a
             function that makes the logger of a trial from its id; True for Lightning's default; or a list of these.
             Trials are logged where `fit` is called, a unit at a time when it is committed, and with
-            `report_every="unit"` what is validated in mid-epoch, too. What a module writes through
-            `self.logger.experiment` goes nowhere, since the file or run is not in the worker.
+            `report_every="unit"` what is validated in mid-epoch, too. What a module calls on `self.logger` and its
+            `experiment` travels likewise, and returns None, since the file or run is not in the worker.
         loader: Settings for loading, as `Cerebro` takes them; each wins over the executor's.
         datamodule: A LightningDataModule to train on, for an executor that was made without data.
     """
@@ -87,6 +89,7 @@ class LightningTrainable(Recipe):
         self.loggers = TrialLoggers(self.trainer_kwargs.pop("logger", None))
         given = callbacks.as_list(self.trainer_kwargs.get("callbacks"))
         callbacks.working(given, self.name)
+        callbacks.check_savers(given, self.name)
         self.checkpoint_callback = callbacks.checkpoint_callback(given)
         self.accumulate = int(self.trainer_kwargs.get("accumulate_grad_batches", 1))
         if self.accumulate < 1:
@@ -112,6 +115,10 @@ class LightningTrainable(Recipe):
         from cerebro_tune_lightning.trial import LightningTrial
 
         return LightningTrial(self)
+
+    def kwargs_of_trial(self) -> dict[str, Any]:
+        """Arguments for the Trainer of one trial, which has callbacks of its own, since these have state."""
+        return deepcopy(self.trainer_kwargs)
 
     def export(self, state: dict[str, Any], path: Path) -> None:
         """Write a `.ckpt` that `load_from_checkpoint` and `torch.load(weights_only=True)` open."""

@@ -26,13 +26,13 @@ class LightningTrial(Trainable):
         self._config, self._plan = config, plan
         self.module = self._recipe.build(config)
         host = namespace(type(self.module)) or ""
-        kwargs, loggers = self._recipe.trainer_kwargs, self._recipe.loggers.recorded
+        kwargs, loggers = self._recipe.kwargs_of_trial(), self._recipe.loggers.recorded
         self._kept = KeptTrainer(self.module, host, plan, kwargs, loggers)
         self._note_fresh_groups()
         private = vars(import_module(host).LightningModule())
         callbacks = [(f"callbacks[{i}].{type(each).__name__}", each) for i, each in enumerate(self._kept.callbacks)]
-        self._asides = carry.Asides(self.module, [*modules_of(self.module), *callbacks])
-        self._attributes = Attributes(lambda: self._owners(callbacks), private)
+        self._attributes = Attributes(lambda: self._owners(callbacks), private, results.is_metric)
+        self._asides = carry.Asides(self.module, self._attributes)
         self._hooked = self._kept.overrides("on_load_checkpoint", "load_state_dict")
 
     @property
@@ -52,6 +52,10 @@ class LightningTrial(Trainable):
     def run_unit(self, work: UnitWork) -> dict[str, float]:  # noqa: D102
         self._begin()
         return self._kept.run(work)
+
+    def conclude(self) -> None:
+        """End a trial that was stopped from outside: call the hooks that follow the last epoch, if they were not."""
+        self._kept.conclude()
 
     def take_log(self) -> bytes | None:  # noqa: D102
         return self._kept.take_log()
@@ -149,13 +153,12 @@ class LightningTrial(Trainable):
     def _begin(self) -> None:
         if self._kept.begin():
             self._attributes.settle()
-            self._asides.settle()
 
     def _owners(self, callbacks: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-        """All whose plain attributes hop."""
-        asides = [part for name, aside in self._asides.held() for part in modules_of(aside, results.is_metric, name)]
+        """All whose attributes hop."""
         hparams = [("hparams", _Items(self.module.hparams))] if isinstance(self.module.hparams, dict) else []
-        return [*modules_of(self.module, results.is_metric), *hparams, *asides, *callbacks]
+        optimizers = [(f"optimizers[{i}]", each) for i, each in enumerate(self.trainer.optimizers)]
+        return [*modules_of(self.module, results.is_metric), *hparams, *optimizers, *callbacks]
 
     def _call_load_hook(self, tree: dict[str, Any]) -> Any:
         """Call the module's `on_load_checkpoint`; return the state dict as that left it."""

@@ -44,6 +44,8 @@ _USED: dict[str, tuple[str, ...]] = {
     "trainer.connectors.data_connector._DataConnector.attach_data": (
         "model", "train_dataloaders", "val_dataloaders", "datamodule",
     ),
+    "trainer.connectors.data_connector._DataLoaderSource.dataloader": (),
+    "trainer.connectors.data_connector._DataLoaderSource.is_defined": (),
     "trainer.connectors.logger_connector.result._Metadata": ("fx", "name"),
     "trainer.connectors.logger_connector.result._ResultMetric": ("metadata", "is_tensor"),
     "trainer.connectors.logger_connector.result._Sync": (),
@@ -51,6 +53,7 @@ _USED: dict[str, tuple[str, ...]] = {
         "model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path",
     ),
     "trainer.trainer.Trainer._run_stage": (),
+    "utilities.combined_loader.CombinedLoader": ("iterables", "mode"),
     "utilities.model_helpers.is_overridden": ("method_name", "instance"),
 }  # fmt: skip
 """Where each lies below the host's package, and parameters that it must have."""

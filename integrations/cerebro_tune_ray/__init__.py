@@ -1,5 +1,7 @@
 """Ray Tune on model hopping: `tune` is `ray.tune` with one more argument, `PromotionASHA` a scheduler for any Ray.
 
+`RayWorkers` is what `Cerebro(backend="ray")` runs units on.
+
 The names are looked up when they are first used: the package can be imported, and asked what it has, without Ray.
 """
 
@@ -13,10 +15,11 @@ from cerebro_tune.hosts import require_host
 if TYPE_CHECKING:
     from cerebro_tune_ray import tune as tune
     from cerebro_tune_ray.promotion import PromotionASHA as PromotionASHA
+    from cerebro_tune_ray.workers import RayWorkers as RayWorkers
 
-_HOMES = {"PromotionASHA": "promotion"}
+_HOMES = {"PromotionASHA": "promotion", "RayWorkers": "workers"}
 
-__all__ = ["PromotionASHA", "tune"]
+__all__ = ["PromotionASHA", "RayWorkers", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from ray.tune.trainable import FunctionTrainable, wrap_function
 from cerebro_tune.data import ShardedDataset
 from cerebro_tune.errors import ConfigurationError, NotTrainableError
 from cerebro_tune.trainable import Recipe, as_recipe
+from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.classes import ClassRecipe, ClassRiders, Nothing
 from cerebro_tune_ray.controller import hopping
 from cerebro_tune_ray.functions import FunctionRiders
-from cerebro_tune_ray.riders import Controller, Riders
+from cerebro_tune_ray.rider import Controller
+from cerebro_tune_ray.riders import Riders
 
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro
@@ -47,9 +48,9 @@ def boarded(given: Any) -> Boarded:
             f"{given!r} cannot be trained on an executor: give what is to be trained, and the rest as arguments of run."
         )
     found: Any = get_trainable_cls(given) if isinstance(given, str) else given
-    if isinstance(found, type) and issubclass(found, FunctionTrainable):
+    if _is_class(found, FunctionTrainable):
         return _function(found)
-    if isinstance(found, type) and issubclass(found, ray.tune.Trainable):
+    if _is_class(found, ray.tune.Trainable):
         _explain_resources(found.__name__, found.default_resource_request({}))
         return Boarded(found, partial(_class_riders, ClassRecipe(found)))
     if _is_function(found):
@@ -57,6 +58,10 @@ def boarded(given: Any) -> Boarded:
         return _function(wrap_function(found, name=_name(found)))
     recipe = as_recipe(found)
     return Boarded(_stand_in(recipe), lambda executor, controller: Riders(executor, recipe, controller))
+
+
+def _is_class(given: Any, kind: type) -> bool:
+    return isinstance(given, type) and issubclass(given, kind)
 
 
 def _is_function(given: Any) -> bool:
@@ -90,11 +95,10 @@ def _stand_in(recipe: Recipe) -> type:
 
 def _explain_resources(name: str, resources: Any) -> None:
     if resources:
-        warnings.warn(
+        warn_user(
             f"{name} asks for resources for each of its trials, {resources}; by hops trials share the executor's "
             "workers: say what these have with workers=, devices= or, on a Ray cluster, resources_per_worker= of "
-            "Cerebro.",
-            stacklevel=4,
+            "Cerebro."
         )
 
 

@@ -7,7 +7,9 @@ on.
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.tune.tune
+from pyarrow.fs import LocalFileSystem
 from ray.exceptions import RayTaskError
 from ray.train._internal import session
 from ray.train._internal.session import _TrainingResult
@@ -28,15 +31,25 @@ from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialS
 
 from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
 from cerebro_tune.seat import current
+from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
-from cerebro_tune_ray.riders import Result, Riders, Snapshot
+from cerebro_tune_ray.record import FOLDER, Record, Standing
+from cerebro_tune_ray.recorded import Recorded
+from cerebro_tune_ray.restoring import latest, rehearse, tell_searcher
+from cerebro_tune_ray.rider import Result
+from cerebro_tune_ray.riders import Riders
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
-from cerebro_tune_ray.score import judge
+from cerebro_tune_ray.score import Judged
+from cerebro_tune_ray.snapshot import Snapshot
 from cerebro_tune_ray.versions import TESTED, check
 
 _TICK_S = 0.2
 """How often Ray gets to look at its clock, for time budgets, interrupts and progress."""
+
+_STORAGE_LOG = "ray.train._internal.storage"
+_MARK = "_cerebro_calls"
+"""An attribute of the searcher: how many calls had been noted when its state was written."""
 
 Board = Callable[["HopController"], Riders]
 """Makes the trials of a controller."""
@@ -45,34 +58,127 @@ Board = Callable[["HopController"], Riders]
 class HopController(TuneController):
     """Ray's controller with trials that hop."""
 
+    _snapshots = False
+    """Whether Ray has written the experiment's state."""
+
     def __init__(self, board: Board, **kwargs: Any) -> None:
         scheduler = kwargs.get("scheduler") or FIFOScheduler()
         _check_scheduler(scheduler)
         self.compares = compares(scheduler) or isinstance(scheduler, PromotionASHA)
-        self._riders = board(self)
-        super().__init__(**{**kwargs, "scheduler": _Judged(scheduler)})
+        self._riders, self._told = board(self), Recorded(Judged(scheduler))
+        self._told.file = self._riders.file
+        self._resuming: list[Trial] = []
+        self._broken: Exception | None = None
+        self._record = self._open_record(kwargs["storage"], anew=kwargs.get("resume_config") is None)
+        super().__init__(**{**kwargs, "scheduler": self._told})
+        if self._broken is not None:  # which Ray logs, and begins anew
+            raise self._broken
+        self._told.record = self._riders.record = self._record
         self._actor_manager = _NoActors(self._riders)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        del state["_riders"]
+        for name in ("_riders", "_told", "_resuming", "_broken", "_record", "compares"):
+            del state[name]
         return state
+
+    # What outlives this process.
+
+    def _open_record(self, storage: Any, anew: bool) -> Record | None:
+        """The record in the experiment's folder, if that is on this machine."""
+        if not isinstance(storage.storage_filesystem, LocalFileSystem):
+            return None
+        folder = Path(storage.experiment_fs_path)
+        if anew:  # a folder of that name may have an experiment that is over
+            shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        executor = self._riders.executor
+        about = {"trainable": self._riders.name, "report_every": executor.report_every, "seed": executor.seed}
+        if executor.has_data:
+            about["shards"] = executor.train.num_shards
+        return Record(folder, about)
+
+    def save_to_dir(self) -> None:
+        """Ray's own, with a mark in the searcher's state that says up to which call it goes."""
+        vars(_innermost(self._search_alg))[_MARK] = 0 if self._record is None else self._record.count
+        super().save_to_dir()
+
+    def resume(self, resume_config: Any) -> None:
+        """Take up an experiment whose driver has died, with the scheduler as it was, and every trial where it was."""
+        try:
+            if self._record is None or not self._record.count:
+                raise ConfigurationError(
+                    f"The experiment in {self.experiment_path} has no record of its scheduler and trials, which lies "
+                    "in its folder where that is on this machine: it can go on in stock Ray, from its checkpoints."
+                )
+            self._scheduler_alg = FIFOScheduler()  # Ray adds the trials as if they were new
+            super().resume(resume_config)
+            self._scheduler_alg = self._told
+            self._take_up(self._record)
+        except Exception as error:
+            self._broken = error
+            raise
+
+    def snapshot_of(self, standing: Standing) -> Snapshot:
+        """What a scheduler that is told again what it was told may keep of a trial."""
+        return self._riders.snapshot_of(standing)
+
+    def _take_up(self, record: Record) -> None:
+        ended = {trial for trial in self._trials if trial.is_finished()}
+        known = {trial.trial_id: trial for trial in self._trials}
+        calls, told = record.calls(), getattr(_innermost(self._search_alg), _MARK, 0)
+        self._riders.started = len({call.trial for call in calls if call.kind == "start"})
+        rehearsal = rehearse(self, self._told, record, known)
+        tell_searcher(self._search_alg, calls[told:], {call.trial for call in calls[:told]})
+        for trial in ended:
+            if not trial.is_finished():  # stopped by no scheduler: by a time budget, say
+                trial.status = Trial.TERMINATED
+        sets = {
+            Trial.PENDING: self._pending_trials, Trial.RUNNING: self._pending_trials, Trial.PAUSED: self._paused_trials,
+            Trial.TERMINATED: self._stopped_trials, Trial.ERROR: self._failed_trials,
+        }  # fmt: skip
+        for each in (*sets.values(), self._running_trials, self._live_trials):
+            each.clear()
+        self._trials[:] = rehearsal.trials
+        for trial in self._trials:
+            sets[trial.status].add(trial)
+            if not trial.is_finished():
+                self._live_trials.add(trial)
+                if standing := latest(record, trial):
+                    self._riders.put_back(trial, standing)
+        self._riders.record = record
+        self._riders.clear_out(record.standings())
+        running = [trial for trial in self._trials if trial.status == Trial.RUNNING]
+        self._resuming = sorted(running, key=lambda trial: rehearsal.last[trial.trial_id])
+        for trial in running:
+            trial.status = Trial.PENDING
+        self._pending_trials_list = [trial for trial in self._trials if trial in self._pending_trials]
 
     # What sends for actors in Ray's own.
 
     def _maybe_add_actors(self) -> None:
-        """Start trials for as long as there is room among the live ones."""
+        """Start trials for as long as there is room among the live ones; first those that ran when the driver died."""
+        while self._resuming:
+            self._start(self._resuming.pop(0))
         while len(self._running_trials) < self._riders.executor.live_trials:
+            self._maybe_update_trial_queue()  # before a scheduler is asked, which may think that nobody is left
             trial = self._next_to_run()
-            if trial is not None:
-                self._start(trial)
-                continue
-            known = len(self._trials)
-            self._maybe_update_trial_queue()
-            if len(self._trials) == known:
+            if trial is None:
                 break
+            self._start(trial)
+        if not self._running_trials and not self._pending_trials and self._search_alg.is_finished():
+            # A scheduler that waits for a trial which an error or a stop condition has ended would wait for ever.
+            for trial in list(self._paused_trials):
+                self.stop_trial(trial)
         if self._search_alg.is_finished() and not self._pending_trials:
             self._riders.end_search()
+        if not self._snapshots and self._running_trials:
+            self._snapshots = True
+            self.checkpoint(force=True, wait=True)  # whoever dies from here on can be restored
+
+    def add_trial(self, trial: Trial) -> None:
+        """Ray's own, with the trial's folder, which progress reporters look into and an actor would make."""
+        trial.init_local_path()
+        super().add_trial(trial)
 
     def _next_to_run(self) -> Trial | None:
         chosen = self._scheduler_alg.choose_trial_to_run(self._wrapped())
@@ -85,11 +191,11 @@ class HopController(TuneController):
 
     def _start(self, trial: Trial) -> None:
         self._set_trial_status(trial, Trial.PENDING)
-        trial.init_local_path()
         self._callbacks.on_trial_start(iteration=self._iteration, trials=self._trials, trial=trial)
         self._set_trial_status(trial, Trial.RUNNING)
         self._live_trials.add(trial)
         self._mark_trial_to_checkpoint(trial)
+        self._told.started(trial)
         checkpoints = trial.run_metadata.checkpoint_manager
         latest, snapshot = checkpoints.latest_checkpoint_result, None
         if latest is not None and isinstance(latest.checkpoint, Snapshot):
@@ -134,6 +240,9 @@ class HopController(TuneController):
             self._riders.export_model(trial)
 
     def _cleanup_trials(self) -> None:
+        self._told.record = self._riders.record = None  # what is stopped here may go on another time
+        if self._record is not None:
+            self._record.close(over=self.is_finished())
         for trial in list(self._running_trials):
             self._schedule_trial_stop(trial)
         self._riders.close()
@@ -143,14 +252,13 @@ class HopController(TuneController):
     def begun(self, shards: int, report_every: str) -> None:
         """The run has begun: what counts units and looks as if epochs were meant is told."""
         stop = self._trials[0].stopping_criterion or self._stopper
-        told = horizon_warning(self._scheduler_alg.scheduler, stop, shards=shards, report_every=report_every)
+        told = horizon_warning(self._told.scheduler.scheduler, stop, shards=shards, report_every=report_every)
         if told is not None:
-            warnings.warn(told, stacklevel=2)
+            warn_user(told)
 
     def reported(self, trial: Trial, result: Result) -> None:
         """A trial reports: Ray decides, and may start others at once."""
         self._on_training_result(trial, result)
-        self._maybe_update_trial_queue()
         self._maybe_add_actors()
 
     def failed(self, trial: Trial, error: str) -> None:
@@ -160,7 +268,9 @@ class HopController(TuneController):
 
     def diverged(self, trial: Trial, result: Result) -> None:
         """A trial's loss is no number any more: to Ray it is done, with no score, and no error that ends the search."""
-        lost = {name: math.nan for name in (self._metric, "train_loss") if name is not None}
+        measured = [self._metric, self._told.metric, self._search_alg.metric]  # the last may be a list
+        names = {name for each in measured if each for name in ([each] if isinstance(each, str) else each)}
+        lost = dict.fromkeys((*names, "train_loss"), math.nan)
         self._on_training_result(trial, result | lost | {"done": True})
 
     def ended(self, trial: Trial) -> None:
@@ -171,7 +281,7 @@ class HopController(TuneController):
 
     def _write_checkpoint(self, trial: Trial) -> None:
         """Write the trial's state as Ray writes what an actor saves, and tell whoever wants to know."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _hushed(_STORAGE_LOG):
             self._riders.export(trial, Path(folder))
             trial.storage._update_checkpoint_index(trial.last_result)
             kept = trial.storage.persist_current_checkpoint(Checkpoint.from_directory(folder))
@@ -194,17 +304,23 @@ def _check_scheduler(scheduler: TrialScheduler) -> None:
         )
 
 
-class _Judged:
-    """A scheduler, of which no trial without a score survives a rung."""
+@contextmanager
+def _hushed(name: str) -> Iterator[None]:
+    """Without what a logger tells: here, that a checkpoint was created, which an actor would tell of itself alone."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
-    def __init__(self, scheduler: TrialScheduler) -> None:
-        self.scheduler = scheduler
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.scheduler, name)
-
-    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        return judge(self.scheduler, controller, trial, result)
+def _innermost(search_alg: Any) -> Any:
+    """The searcher within its wrappers, whose attributes are its state."""
+    while hasattr(search_alg, "searcher"):
+        search_alg = search_alg.searcher
+    return search_alg
 
 
 def _at_end(trial: Trial) -> bool:

@@ -28,7 +28,9 @@ from cerebro_tune.seat import Seat, seated
 from cerebro_tune.sharedrun import TakeState
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
-from cerebro_tune_ray.riders import Controller, Result, Rider, Riders, Snapshot, filled
+from cerebro_tune_ray.rider import Controller, Result, Rider, filled
+from cerebro_tune_ray.riders import Riders
+from cerebro_tune_ray.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro
@@ -141,6 +143,10 @@ class FunctionRiders(Riders):
         self._saved: dict[str, Callable[[Path], object]] = {}
         """What writes the checkpoint that a function has reported, or the end of its fit, until Ray wants it."""
 
+    @property
+    def name(self) -> str:  # noqa: D102
+        return self._name
+
     def post(self, call: Callable[[], None]) -> None:
         """Have a call made on Ray's thread."""
         self._mail.append(call)
@@ -157,6 +163,9 @@ class FunctionRiders(Riders):
 
     def snapshot(self, trial: Trial) -> Snapshot | None:  # noqa: D102
         return super().snapshot(trial) if self._in_fit(trial) else None
+
+    def file(self, trial: Trial) -> str | None:  # noqa: D102
+        return super().file(trial) if self._in_fit(trial) else None
 
     def has_state(self, trial: Trial) -> bool:  # noqa: D102
         return trial.trial_id in self._saved or self._in_fit(trial)
@@ -199,8 +208,10 @@ class FunctionRiders(Riders):
             begin, call.begin = call.begin, None
             if begin is None:
                 hop = self.run.add(config, index=rider.index)
-            else:
+            elif begin.hop is not None:
                 hop = self.run.clone(begin.hop, config, rider.index)
+            else:
+                hop = self._bring_back(begin.noted, config)
         except CerebroError as error:
             reply.set_exception(error)
             return
@@ -253,8 +264,7 @@ class FunctionRiders(Riders):
         if rider is not None:
             rider.hop = None
             if result.status == "failed" and result.visits:
-                kept = Snapshot(self._keep(hop), rider.iteration, rider.time_s, self._let_go)
-                self._good[rider.trial.trial_id] = kept
+                self._good[rider.trial.trial_id] = self._snapshot(rider, hop)
         if reply is None or take_state is None:
             return  # a snapshot
         if result.status != "failed" and result.visits:
@@ -275,7 +285,12 @@ class FunctionRiders(Riders):
             if rider.waiting is None and rider.hop is not None:
                 self._order(rider.hop, Decision.CONTINUE)
             return
-        call = Call(self, trial, snapshot or self._good.pop(trial.trial_id, None))
+        begin = snapshot or self._good.pop(trial.trial_id, None)
+        if begin is None and rider.back is not None:
+            begin, rider.back = Snapshot.of(rider.back), None
+        if rider.index is None:
+            rider.index = self.next_index()
+        call = Call(self, trial, begin)
         self._calls[trial.trial_id] = call
         self._threads = [*(thread for thread in self._threads if thread.is_alive()), call.thread]
         call.thread.start()
@@ -296,6 +311,10 @@ class FunctionRiders(Riders):
             before, rider.hop = rider.hop, None
             self._order(before, Decision.STOP)
         super()._replace(rider, hop)
+
+    def _stand(self, rider: Rider, config: Config) -> None:
+        if self._in_fit(rider.trial):
+            super()._stand(rider, config)
 
     def _result(self, rider: Rider, report: Mapping[str, Any]) -> Result:
         renamed = self._calls[rider.trial.trial_id].renamed

@@ -47,8 +47,8 @@ class _Rung:
         insort(self.ranking, (loss, len(self.ranking), trial_id))
 
     def best(self, share: float) -> Iterator[str]:
-        """The trials in the best floor(n / share); one without a score never is."""
-        return (trial for loss, _, trial in islice(self.ranking, int(len(self.ranking) / share)) if loss < inf)
+        """The trials in the best floor(n / share)."""
+        return (trial for _, _, trial in islice(self.ranking, int(len(self.ranking) / share)))
 
 
 class PromotionASHA(TrialScheduler):

@@ -6,20 +6,11 @@ clone that takes its place; what a scheduler holds of a trial's past is a clone 
 
 from __future__ import annotations
 
-import os
-import platform
-import socket
-import weakref
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from time import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from pyarrow.fs import LocalFileSystem
-from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 
 from cerebro_tune.errors import NonFiniteLossError
@@ -27,53 +18,15 @@ from cerebro_tune.policy import abreast
 from cerebro_tune.results import TrialResult
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
+from cerebro_tune_ray.record import Record, Standing, plain_config
+from cerebro_tune_ray.rider import TIMES, Controller, Result, Rider, filled
+from cerebro_tune_ray.snapshot import LetGo, Snapshot
 
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro
     from cerebro_tune.run import Run
 
-Result = dict[str, Any]
-
-
-class Controller(Protocol):
-    """What hears of the trials: Ray's loop."""
-
-    compares: bool
-    """Whether its scheduler compares trials, which are to advance side by side then."""
-
-    def begun(self, shards: int, report_every: str) -> None:
-        """The run has begun, and the data is known."""
-
-    def reported(self, trial: Trial, result: Result) -> None:
-        """The trial, which is running, reports; its state stands still until one of the orders is given."""
-
-    def failed(self, trial: Trial, error: str) -> None:
-        """The trial cannot go on; it may be started again, from its last good state."""
-
-    def diverged(self, trial: Trial, result: Result) -> None:
-        """The trial's loss is NaN or infinite; `result` is what it had last."""
-
-    def ended(self, trial: Trial) -> None:
-        """The trial has ended by itself after its last report."""
-
-
-@dataclass
-class Rider:
-    """What is known of one of Ray's trials."""
-
-    trial: Trial
-    hop: str | None = None
-    """Its trial of the run: None before its first start, and after it failed without a unit behind it."""
-    index: int | None = None
-    """Of its first trial of the run: what takes the place of that one goes on with its random numbers."""
-    config: Config = field(default_factory=dict)
-    """What `hop` was given."""
-    iteration: int = 0
-    time_s: float = 0.0
-    parked: bool = False
-    """Whether Ray has paused it between two reports: the next one waits until it is started again."""
-    waiting: Callable[[], Result] | None = None
-    """Makes the result that waits."""
+_DIVERGED = f"{NonFiniteLossError.__module__}.{NonFiniteLossError.__name__}"
 
 
 class Riders:
@@ -89,7 +42,15 @@ class Riders:
         self._deciding: str | None = None
         self._answer: Decision | None = None
         self._search_ended = False
-        self._let_go: deque[str] = deque()
+        self.started = 0
+        """Trials of Ray's that were started, in all."""
+        self._let_go: LetGo = deque()
+        self.record: Record | None = None
+        """Where what is needed after the death of this process is noted."""
+        self._kept: Counter[str] = Counter()
+        """Files that snapshots hold."""
+        self._spent: list[str] = []
+        """Files that are needed no more when what has come after them is noted."""
 
     # What Ray orders.
 
@@ -127,13 +88,38 @@ class Riders:
         """Let go of the trial."""
         if rider := self._riders.get(trial.trial_id):
             self._replace(rider, None)
+            if rider.file is not None:
+                self._spend(rider.file)
+                rider.file = None
+                self._settle_record()
 
     def snapshot(self, trial: Trial) -> Snapshot | None:
         """The trial's state now, by reference; None before its first unit, and after its last."""
         rider = self._riders[trial.trial_id]
         if rider.hop is None or not self.run.units_left(rider.hop):
             return None
-        return Snapshot(self._keep(rider.hop), rider.iteration, rider.time_s, self._let_go)
+        return self._snapshot(rider, rider.hop)
+
+    @property
+    def name(self) -> str:
+        """Of what is trained."""
+        assert self._recipe is not None, "known"
+        return self._recipe.name
+
+    def file(self, trial: Trial) -> str | None:
+        """Where the state that the trial reports from lies on disk."""
+        rider = self._riders.get(trial.trial_id)
+        return None if rider is None else rider.file
+
+    def next_index(self) -> int:
+        """The number of the trial that is started next."""
+        self.started += 1
+        return self.started - 1
+
+    def put_back(self, trial: Trial, standing: Standing) -> None:
+        """Have a trial of a run that is over go on from where it stood, when it is started."""
+        rider = self._riders[trial.trial_id] = Rider(trial, back=standing, index=standing.index, file=standing.file)
+        rider.iteration, rider.time_s = standing.iteration, standing.time_s
 
     def export(self, trial: Trial, folder: Path) -> None:
         """Write the trial's state as a checkpoint."""
@@ -153,7 +139,12 @@ class Riders:
         """Let the run go on until something has happened, or the time has passed."""
         self.run.turn(timeout_s)
         while self._let_go:
-            self.run.stop(self._let_go.popleft())
+            hop, file = self._let_go.popleft()
+            if hop is not None:
+                self.run.stop(hop)
+            if file is not None:
+                self._kept[file] -= 1
+                self._spend(file)
 
     def end_search(self) -> None:
         """No more trials will come, so that those there are are trained in the order that ends soonest."""
@@ -229,14 +220,79 @@ class Riders:
         """Have the trial's next unit run, if it is not to be heard before."""
         config = dict(rider.trial.config)
         if snapshot is not None:
-            self._replace(rider, self.run.clone(snapshot.hop, self._given(rider, config), rider.index))
+            self._replace(rider, self.run.clone(self._hop_of(snapshot, rider), self._given(rider, config), rider.index))
+            self._stand(rider, config)
+        elif rider.back is not None:
+            rider.config = rider.back.config or config
+            self._replace(rider, self._bring_back(rider.back, self._given(rider, rider.config)))
+            rider.back = None
+            self._set_out(rider, None)
+            return
         elif rider.hop is None:
+            rider.index = self.next_index() if rider.index is None else rider.index
             self._replace(rider, self.run.add(self._given(rider, config), index=rider.index))
         elif config != rider.config:
             self._replace(rider, self.run.clone(rider.hop, self._given(rider, config), rider.index))
         elif rider.waiting is None:
             self._order(rider.hop, Decision.CONTINUE)
         rider.config = config
+
+    def _hop_of(self, snapshot: Snapshot, rider: Rider) -> str:
+        """The trial of the run that a snapshot holds; one of a run that is over is brought back."""
+        if snapshot.hop is None:
+            given = self._given(rider, snapshot.noted.config or dict(rider.trial.config))
+            snapshot.hold(self._bring_back(snapshot.noted, given), self._let_go)
+        assert snapshot.hop is not None, "held"
+        return snapshot.hop
+
+    def _bring_back(self, standing: Standing, given: Config) -> str:
+        assert self.record is not None, "it is from there"
+        path = self.record.folder / standing.file
+        return self.run.restore(given, path, standing.units, standing.visited, standing.index)
+
+    def _snapshot(self, rider: Rider, hop: str) -> Snapshot:
+        if rider.file is not None:
+            self._kept[rider.file] += 1
+        snapshot = Snapshot(rider.iteration, rider.time_s, rider.file)
+        return snapshot.hold(self._keep(hop), self._let_go)
+
+    def _stand(self, rider: Rider, config: Config) -> None:
+        """Write the trial's state where it outlives this process; it is noted with the next call to the scheduler."""
+        if self.record is None or rider.hop is None or not self.run.units_left(rider.hop):
+            return
+        path, trial = self.record.new_file(rider.trial.trial_id), rider.trial.trial_id
+        units, visited = self.run.progress(rider.hop)
+        self.run.save(rider.hop, path)
+        assert rider.index is not None, "it runs"
+        place = units, visited, rider.iteration, rider.time_s, rider.index
+        self.record.stand(Standing(trial, path.name, *place, plain_config(config)))
+        if rider.file is not None:
+            self._spend(rider.file)
+        rider.file = path.name
+
+    def snapshot_of(self, standing: Standing) -> Snapshot:
+        """Where a trial stood in a run that is over, for as long as somebody refers to it."""
+        self._kept[standing.file] += 1
+        return Snapshot.of(standing).watched(self._let_go)
+
+    def clear_out(self, files: Iterable[str]) -> None:
+        """Let go of those of these files that nobody may go back to."""
+        self._spent += files
+        self._settle_record()
+
+    def _spend(self, file: str) -> None:
+        self._spent.append(file)
+
+    def _settle_record(self) -> None:
+        """What is to be noted is noted: files that came before are needed no more."""
+        if self.record is None:
+            return
+        self.record.settle()
+        inuse = {rider.file for rider in self._riders.values()}
+        for file in self._spent:
+            if file not in inuse and self._kept[file] <= 0:
+                self.record.forget(file)
+        self._spent.clear()
 
     def _hear(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
         """Hand Ray a result now, or, of a trial that Ray has paused, when it is started again."""
@@ -248,7 +304,10 @@ class Riders:
     def _ask(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
         self._deciding, self._answer = hop, None
         try:
-            self._controller.reported(rider.trial, make())
+            result = make()
+            self._stand(rider, rider.config)
+            self._controller.reported(rider.trial, result)
+            self._settle_record()
         finally:
             self._deciding = None
         return self._answer
@@ -276,7 +335,6 @@ class Riders:
         before, rider.hop, rider.waiting = rider.hop, hop, None
         if hop is not None:
             self._owners[hop] = rider
-            rider.index = self.run.index(hop) if rider.index is None else rider.index
         if before in self._owners:
             del self._owners[before]
             self._order(before, Decision.STOP)
@@ -286,58 +344,3 @@ class Riders:
         clone = self.run.clone(hop, index=index)
         self.run.pause(clone)
         return clone
-
-
-_DIVERGED = f"{NonFiniteLossError.__module__}.{NonFiniteLossError.__name__}"
-TIMES = ("unit_time_s", "hop_time_s", "validation_time_s")
-
-
-def filled(rider: Rider, result: Result, elapsed_s: float) -> Result:
-    """A result with all that Ray's own trainables fill in, where it is not there already."""
-    rider.time_s += elapsed_s
-    now = time()
-    own = {
-        "training_iteration": rider.iteration,
-        "trial_id": rider.trial.trial_id,
-        "date": f"{datetime.fromtimestamp(now):%Y-%m-%d_%H-%M-%S}",
-        "timestamp": int(now),
-        "time_this_iter_s": elapsed_s,
-        "time_total_s": rider.time_s,
-        "time_since_restore": rider.time_s,
-        "iterations_since_restore": rider.iteration,
-        "pid": os.getpid(),
-        "hostname": platform.node(),
-        "node_ip": _ADDRESS,
-        "config": rider.trial.config,
-        "done": False,
-    }
-    return own | result | {"training_iteration": rider.iteration}
-
-
-def _address() -> str:
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "127.0.0.1"
-
-
-_ADDRESS = _address()
-
-
-class Snapshot(Checkpoint):
-    """A trial's state as it was, held in the run for as long as somebody refers to this; copies are one and the same.
-
-    It takes the place of a Checkpoint where a scheduler keeps one of a trial that others may exploit, and is no folder.
-    """
-
-    def __init__(self, hop: str, iteration: int, time_s: float, let_go: deque[str]) -> None:
-        super().__init__(f"snapshot-{hop}", LocalFileSystem())
-        self.hop, self.iteration, self.time_s = hop, iteration, time_s
-        # Whichever thread collects this must not call into the run, which may be in the middle of something.
-        weakref.finalize(self, let_go.append, hop).atexit = False
-
-    def __copy__(self) -> Snapshot:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Checkpoint, (self.path, self.filesystem)  # what it holds does not outlive this process

@@ -41,11 +41,25 @@ def fill_score(scheduler: TrialScheduler, result: dict[str, Any]) -> bool:
     return True
 
 
-def judge(scheduler: TrialScheduler, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-    """The scheduler's answer to a result; STOP when the trial is at a rung without a score.
+class Judged:
+    """One of Ray's schedulers, or any other, of which no trial without a score survives a rung."""
 
-    The scheduler is asked all the same: others may wait for this result, and it counts among theirs.
-    """
-    ends = at_a_rung(scheduler, trial, result) if fill_score(scheduler, result) else False
-    answer = scheduler.on_trial_result(controller, trial, result)
-    return TrialScheduler.STOP if ends else answer
+    def __init__(self, scheduler: TrialScheduler) -> None:
+        self.scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """The scheduler's answer; STOP when the trial is at a rung without a score.
+
+        The scheduler is asked all the same: others may wait for this result, and it counts among theirs.
+        """
+        ends = fill_score(self.scheduler, result) and at_a_rung(self.scheduler, trial, result)
+        answer = self.scheduler.on_trial_result(controller, trial, result)
+        return TrialScheduler.STOP if ends else answer
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """ASHA records a trial's last result, and the median rule reads it when others report."""
+        fill_score(self.scheduler, result)
+        self.scheduler.on_trial_complete(controller, trial, result)

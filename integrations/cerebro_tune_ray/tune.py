@@ -47,6 +47,22 @@ class Tuner(_ray_tune.Tuner):
             trainable = self._found.stand_in
         super().__init__(trainable, **kwargs)
 
+    @classmethod
+    def restore(cls, path: str, trainable: Any, *, executor: Cerebro | None = None, **kwargs: Any) -> Tuner:
+        """`ray.tune.Tuner.restore`; with an executor it takes up an experiment whose driver has died.
+
+        Every trial goes on from its last report, and the scheduler has its rungs, brackets or population. The executor
+        is made as it was made for the experiment.
+        """
+        if executor is None:
+            return super().restore(path, trainable, **kwargs)
+        check_executor(executor)
+        found = boarded(trainable)
+        plain = super().restore(path, found.stand_in, **kwargs)
+        tuner = cls(_tuner_internal=plain._local_tuner)
+        tuner._executor, tuner._found = executor, found
+        return tuner
+
     def fit(self) -> ResultGrid:
         """Run the experiment."""
         if self._executor is None or self._found is None:

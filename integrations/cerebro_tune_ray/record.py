@@ -1,0 +1,158 @@
+"""What a search has told its scheduler and searcher, and where its trials stand: for a driver that dies.
+
+Ray writes its experiment's state every few seconds, and none of a scheduler's. Beside it, in the experiment's folder,
+lies a SQLite file with a row for every call into the scheduler, with its answer, and one for each trial that says where
+its state lies. Both are there before the answer is carried out, in one transaction, so that what a scheduler has been
+told of a trial and the state that it goes on from always agree. A trial is noted as the text that Ray makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from cerebro_tune.errors import ConfigurationError
+
+FOLDER = "cerebro"
+_FORMAT = 1
+_TABLES = """
+create table about (key text primary key, value text);
+create table calls (number integer primary key, kind text, trial text, told text);
+create table states (number integer primary key, file text unique, standing text);
+"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call into the scheduler: add, start, result, complete, remove or error.
+
+    told: the result and the file of the state that it is of, the answer (`decision`), Ray's text of a trial, and the
+        state of the generators of random numbers before the call, where it drew from them.
+    """
+
+    number: int
+    kind: str
+    trial: str
+    told: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a trial was: its state's file, and what goes with it.
+
+    config: what the state was trained under; None where it is not plain data.
+    """
+
+    trial: str
+    file: str
+    units: int
+    visited: list[int]
+    iteration: int
+    time_s: float
+    index: int
+    config: dict[str, Any] | None
+
+
+class Record:
+    """The SQLite file and the folder of states of one experiment; `about` is what must be equal when it is restored."""
+
+    def __init__(self, experiment: Path, about: Mapping[str, Any]) -> None:
+        self.folder = experiment / FOLDER
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "record.sqlite"
+        known = path.exists()
+        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database.execute("pragma journal_mode = wal")
+        self._database.execute("pragma synchronous = normal")
+        wanted = {"format": _FORMAT, **about}
+        if not known:
+            self._database.executescript(_TABLES)
+            self._database.executemany(
+                "insert into about values (?, ?)", [(k, json.dumps(v)) for k, v in wanted.items()]
+            )
+        self._check(wanted)
+        self._due: list[Standing] = []
+        self._names = count(self._number("states"))
+        self.count = self._number("calls")
+        """Calls noted."""
+
+    def _number(self, table: str) -> int:
+        return int(self._database.execute(f"select coalesce(max(number), 0) from {table}").fetchone()[0])
+
+    def _check(self, wanted: Mapping[str, Any]) -> None:
+        found = {key: json.loads(value) for key, value in self._database.execute("select * from about")}
+        if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
+            told = ", ".join(f"{key} was {found.get(key)!r} and is {wanted.get(key)!r}" for key in changed)
+            raise ConfigurationError(
+                f"The experiment in {self.folder.parent} cannot go on with this executor: {told}. Give it the executor "
+                "that it was begun with, or begin a new experiment."
+            )
+
+    def new_file(self, trial: str) -> Path:
+        """Where the next state of a trial goes."""
+        return self.folder / f"{trial}-{next(self._names)}.safetensors"
+
+    def stand(self, standing: Standing) -> None:
+        """Note where a trial is, together with the next call."""
+        self._due.append(standing)
+
+    def note(self, kind: str, trial: str, **told: Any) -> None:
+        """Note a call, and with it where trials are."""
+        self.count += 1
+        with self._database:
+            self._database.execute("begin")
+            row = (self.count, kind, trial, json.dumps(told, default=_plain))
+            self._database.execute("insert into calls values (?, ?, ?, ?)", row)
+            self._put()
+
+    def settle(self) -> None:
+        """Note where trials are now, with no call."""
+        if self._due:
+            with self._database:
+                self._database.execute("begin")
+                self._put()
+
+    def _put(self) -> None:
+        rows = [(each.file, json.dumps(asdict(each))) for each in self._due]
+        self._database.executemany("insert into states (file, standing) values (?, ?)", rows)
+        self._due.clear()
+
+    def forget(self, file: str) -> None:
+        """Let go of a state that nobody may go back to."""
+        self._database.execute("delete from states where file = ?", (file,))
+        (self.folder / file).unlink(missing_ok=True)
+
+    def calls(self) -> list[Call]:
+        """All calls, in order."""
+        rows = self._database.execute("select number, kind, trial, told from calls order by number")
+        return [Call(number, kind, trial, json.loads(told)) for number, kind, trial, told in rows]
+
+    def standings(self) -> dict[str, Standing]:
+        """The states that there are, by file, in the order in which they were noted."""
+        rows = self._database.execute("select file, standing from states order by number")
+        return {file: Standing(**json.loads(standing)) for file, standing in rows}
+
+    def close(self, over: bool) -> None:
+        """Let go of the file; of an experiment that is over the states are not needed any more."""
+        for file in self.standings() if over else ():
+            self.forget(file)
+        self._database.close()
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config, if JSON gives it back as it is."""
+    try:
+        back: dict[str, Any] = json.loads(json.dumps(dict(config)))
+    except (TypeError, ValueError):
+        return None
+    return back if back == dict(config) else None
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has not: numbers of NumPy as Python's, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
