@@ -106,6 +106,7 @@ class Report(pl.Callback):
 
 def objective(plain: bool) -> Callable[[optuna.Trial], float]:
     def train(trial: optuna.Trial) -> float:
+        torch.set_num_threads(1)  # which every thread has to say for itself
         report = Report(trial)
         trainer = pl.Trainer(
             max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
