@@ -25,6 +25,7 @@ from ray.exceptions import RayTaskError
 from ray.train._internal import session
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
+from ray.tune.execution.experiment_state import _find_newest_experiment_checkpoint
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialScheduler
@@ -69,8 +70,9 @@ class HopController(TuneController):
         self._told.file = self._riders.file
         self._resuming: list[Trial] = []
         self._broken: Exception | None = None
-        self._record = self._open_record(kwargs["storage"], anew=kwargs.get("resume_config") is None)
-        super().__init__(**{**kwargs, "scheduler": self._told})
+        resuming = kwargs.get("resume_config") if _has_state(kwargs["storage"]) else None  # with none Ray begins anew
+        self._record = self._open_record(kwargs["storage"], anew=resuming is None)
+        super().__init__(**{**kwargs, "scheduler": self._told, "resume_config": resuming})
         if self._broken is not None:  # which Ray logs, and begins anew
             raise self._broken
         self._told.record = self._riders.record = self._record
@@ -314,6 +316,12 @@ def _hushed(name: str) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+def _has_state(storage: Any) -> bool:
+    """Whether Ray has written the state of an experiment in this place."""
+    found = _find_newest_experiment_checkpoint(storage.experiment_fs_path, fs=storage.storage_filesystem)
+    return found is not None
 
 
 def _innermost(search_alg: Any) -> Any:

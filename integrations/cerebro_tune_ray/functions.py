@@ -263,11 +263,11 @@ class FunctionRiders(Riders):
         reply, take_state = self._fits.pop(hop, (None, None))
         if rider is not None:
             rider.hop = None
-            if result.status == "failed" and result.visits:
+            if result.status == "failed" and self._has_trained(hop):
                 self._good[rider.trial.trial_id] = self._snapshot(rider, hop)
         if reply is None or take_state is None:
             return  # a snapshot
-        if result.status != "failed" and result.visits:
+        if result.status != "failed" and self._has_trained(hop):
             state = self.run.state(hop)
             take_state(state)
             if rider is not None:

@@ -88,7 +88,7 @@ class Riders:
         """Let go of the trial."""
         if rider := self._riders.get(trial.trial_id):
             self._replace(rider, None)
-            if rider.file is not None:
+            if rider.file is not None and trial.status != Trial.ERROR:  # a trial that failed may be tried again from it
                 self._spend(rider.file)
                 rider.file = None
                 self._settle_record()
@@ -180,7 +180,7 @@ class Riders:
             self._controller.diverged(rider.trial, filled(rider, dict(result.last_metrics), 0.0))
         elif result.status == "failed":
             self._controller.failed(rider.trial, error)
-            if rider.trial.status == Trial.PENDING and result.visits:
+            if rider.trial.status == Trial.PENDING and self._has_trained(result.trial_id):
                 self._replace(rider, self._keep(result.trial_id, rider.index))
         else:
             self._controller.ended(rider.trial)
@@ -302,15 +302,16 @@ class Riders:
         return self._ask(rider, hop, make)
 
     def _ask(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
+        before = self._deciding, self._answer  # a trial that starts while another reports may have waited to be heard
         self._deciding, self._answer = hop, None
         try:
             result = make()
             self._stand(rider, rider.config)
             self._controller.reported(rider.trial, result)
             self._settle_record()
+            return self._answer
         finally:
-            self._deciding = None
-        return self._answer
+            self._deciding, self._answer = before
 
     def _result(self, rider: Rider, report: Mapping[str, Any]) -> Result:
         """A report with all that Ray's trainables fill in."""
@@ -338,6 +339,10 @@ class Riders:
         if before in self._owners:
             del self._owners[before]
             self._order(before, Decision.STOP)
+
+    def _has_trained(self, hop: str) -> bool:
+        """Whether a unit is behind this trial of the run, be it of the trial that it is a clone of."""
+        return self.run.progress(hop)[0] > 0
 
     def _keep(self, hop: str, index: int | None = None) -> str:
         """A clone that stands paused."""
