@@ -43,6 +43,25 @@ class Deep(Linear):
         return model, torch.optim.AdamW(model.parameters(), lr=config["lr"])
 
 
+class Hoarding(Linear):
+    """Keeps one tensor more with each unit, before all others, so that these lie elsewhere in every state."""
+
+    def start(self, config: Any, plan: Plan) -> None:
+        super().start(config, plan)
+        self.hoard: list[torch.Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"hoard": self.hoard, **super().state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.hoard = state.pop("hoard")
+        super().load_state_dict(state)
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        self.hoard.append(torch.full((100,), 7.0))
+        return super().run_unit(work)
+
+
 class Unhurried(Deep):
     """Takes a fifth of a second for a unit, in which other things may happen."""
 

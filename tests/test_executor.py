@@ -17,7 +17,7 @@ import pytest
 from cerebro_tune import Cerebro, Decision
 from cerebro_tune.errors import TrialFailedError
 from cerebro_tune.sharedrun import Caller
-from nets import AtEpochsEnd, Counting, Deep, Diverging, Exiting, Linear, Mortal, Raising, Talking
+from nets import AtEpochsEnd, Counting, Deep, Diverging, Exiting, Hoarding, Linear, Mortal, Raising, Talking
 from runs import CONFIGS, InOrder, outcome, weights
 
 
@@ -53,6 +53,17 @@ def test_backends_and_placements_give_equal_weights(options: dict[str, Any]) -> 
         local = cerebro.fit(Deep, CONFIGS, metric="val_loss")
         again = cerebro.fit(Deep, CONFIGS, metric="val_loss")
     assert outcome(inline) == outcome(local) == outcome(again)
+
+
+@pytest.mark.parametrize("backend", ["inline", "local"])
+def test_a_checkpoint_has_the_weights_also_when_the_state_has_grown(options: dict[str, Any], backend: str) -> None:
+    with Cerebro(**options | {"policy": "fixed", "backend": backend}) as cerebro:
+        plain, hoarding = (cerebro.fit(kind, CONFIGS, metric="val_loss") for kind in (Linear, Hoarding))
+    for one, other in zip(plain, hoarding, strict=True):
+        assert weights(one) == weights(other)
+        assert one.checkpoint is not None
+        assert other.checkpoint is not None
+        assert one.checkpoint.read_bytes() == other.checkpoint.read_bytes()
 
 
 def test_a_unit_that_raises_fails_its_trial_only(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

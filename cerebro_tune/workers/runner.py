@@ -121,8 +121,9 @@ class UnitRunner:
                 f"shard {task.unit.shard}: lower the learning rate, clip gradients, or look for bad rows in that shard."
             )
         tree = trainable.state_dict()
-        used, digest = self._write(task.unit.trial, working, tree)
+        # Before the state is written: where it has grown, that moves others into the memory of the tree's own tensors.
         best_written = self._export(task, tree, metrics)
+        used, digest = self._write(task.unit.trial, working, tree)
         return Finished(
             worker=self.worker,
             job=task.job,
