@@ -216,7 +216,7 @@ def test_a_trial_that_was_paused_in_mid_unit_is_heard_while_another_is_answered(
     log: list[tuple[int, int]] = []
 
     class Pausing(FIFOScheduler):
-        """The first trial pauses the second in mid-unit, lets it go on at its 5th report, and waits itself for a while."""
+        """The first trial pauses the second in mid-unit, lets it go on at its 5th report, and then waits a while."""
 
         held: Any = None
 
