@@ -1,4 +1,7 @@
-"""`Cerebro`: the executor that a user makes once, and runs many searches on."""
+"""`Cerebro`: the executor that a user makes once, and runs many searches on.
+
+(Above 400 lines: a hundred of them are its arguments and what each means.)
+"""
 
 from __future__ import annotations
 
@@ -121,9 +124,8 @@ class Cerebro:
         self._batch_size = None if batch_size is None else at_least(1, batch_size=batch_size)
         self.placement = one_of(placement=placement, valid=("auto", "shared", "pinned"))
         self.live_trials = 2 * len(self.devices) if live_trials is None else at_least(1, live_trials=live_trials)
-        self.policy = (
-            policy if not isinstance(policy, str) else one_of(policy=policy, valid=("auto", "random", "fixed"))
-        )
+        named = isinstance(policy, str)
+        self.policy = one_of(policy=policy, valid=("auto", "random", "fixed")) if named else policy
         self.report_every = one_of(report_every=report_every, valid=("unit", "epoch"))
         self._validation_rows = check_rows(validation_rows)
         self.keep = one_of(keep=keep, valid=("best", "last", "none"))
@@ -150,30 +152,20 @@ class Cerebro:
                 found = take(
                     train, validation, datamodule, self._num_shards, len(self.devices), self.seed, self._loader
                 )
-                self._check_data(found)
                 if self._data is not None:
+                    self._data.check_same(found)
                     found.close()
                     return self._batch_size or found.batch_size
+                self._check_placement(found.train.data.num_shards)
                 self._data = found
             return self.batch_size
 
-    def _check_data(self, found: GivenData) -> None:
-        if self._data is not None and self._data.fingerprint != found.fingerprint:
+    def _check_placement(self, shards: int) -> None:
+        workers = len(self.devices)
+        if self.placement == "pinned" and workers > shards:
             raise ConfigurationError(
-                f"This executor's data is {self.train!r}, and now it is given other data, {found.train.data!r}: "
-                "shards stay with their workers. Make another executor for it."
-            )
-        before, now = (self._data or found).making, found.making
-        if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
-            raise ConfigurationError(
-                f"This executor has its data, and is now given the same rows with another {', '.join(changed)}: "
-                "other batches would be made of them. Make another executor for it."
-            )
-        shards = found.train.data.num_shards
-        if self.placement == "pinned" and len(self.devices) > shards:
-            raise ConfigurationError(
-                f"{shards} shards cannot be pinned to {len(self.devices)} workers: each needs one. "
-                f"Make the set with num_shards >= {len(self.devices)}, or use placement='shared'."
+                f"{shards} shards cannot be pinned to {workers} workers: each needs one. "
+                f"Make the set with num_shards >= {workers}, or use placement='shared'."
             )
 
     def plan(self, epochs: int, batch_size: int) -> Plan:
@@ -314,10 +306,12 @@ class Cerebro:
             self.close()
         self.start()
         assert self._workers is not None, "started"
-        settings = self._settings(self._workers, recipe, metric, mode)
-        settings = replace(settings, keep=keep or self.keep, policy=policy or self.policy)
-        if hosted:
-            settings = replace(settings, live_trials=None)
+        settings = replace(
+            self._settings(self._workers, recipe, metric, mode),
+            keep=keep or self.keep,
+            policy=policy or self.policy,
+            live_trials=None if hosted else self.live_trials,
+        )
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
         progress = make_progress(False if hosted else self._progress)
         run = Run(self._workers, store, recipe, settings, tuner, progress)

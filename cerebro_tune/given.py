@@ -66,6 +66,20 @@ class GivenData:
         of_loader = {key: _named(value) for key, value in self.train.settings.items() if key not in _COPIED}
         return of_loader if self.module is None else {"datamodule": type(self.module.module).__name__, **of_loader}
 
+    def check_same(self, other: GivenData) -> None:
+        """Raise ConfigurationError for data that an executor with this one cannot take."""
+        if self.fingerprint != other.fingerprint:
+            raise ConfigurationError(
+                f"This executor's data is {self.train.data!r}, and now it is given other data, {other.train.data!r}: "
+                "shards stay with their workers. Make another executor for it."
+            )
+        before, now = self.making, other.making
+        if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
+            raise ConfigurationError(
+                f"This executor has its data, and is now given the same rows with another {', '.join(changed)}: "
+                "other batches would be made of them. Make another executor for it."
+            )
+
     def is_of(self, datamodule: Any) -> bool:
         """Whether this is the data of such a DataModule, as far as can be told without setting it up."""
         return datamodule is not None and self.module is not None and self.module.is_like(datamodule)

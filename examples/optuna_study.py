@@ -25,7 +25,7 @@ from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune_lightning import HopStrategy
 from cerebro_tune_optuna import CerebroCallback, optimize, pruners
 
-EPOCHS = 3
+EPOCHS = 2
 
 
 class LitNet(pl.LightningModule):
@@ -70,7 +70,7 @@ def objective(trial):
 def objective_with_trainer(trial):
     """As it is written for Optuna's own loop; the strategy is the one line that makes it hop, and prune."""
     trainer = pl.Trainer(
-        strategy=HopStrategy(cerebro, trial, metric="val_loss"),
+        strategy=HopStrategy(cerebro, trial, metric="val_accuracy"),
         max_epochs=EPOCHS,
         logger=False,
         enable_checkpointing=False,
@@ -78,12 +78,13 @@ def objective_with_trainer(trial):
         enable_model_summary=False,
     )
     trainer.fit(LitNet(**suggest(trial)))  # on the executor's data; loaders or a DataModule may be given as ever
-    return trainer.callback_metrics["val_loss"].item()
+    return trainer.callback_metrics["val_accuracy"].item()
 
 
 def new_study(name):
     return optuna.create_study(
         study_name=name,
+        direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=0),
         # Judged from half an epoch on, against all that have come as far, running or not.
         pruner=pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=cerebro.units(0.5)),
@@ -118,17 +119,19 @@ with tempfile.TemporaryDirectory() as data:
     ShardedDataset.write(table(images[validation], digits[validation]), f"{data}/validation", num_shards=1)
     with Cerebro(f"{data}/train", f"{data}/validation", epochs=EPOCHS, workers=2) as cerebro:
         study = new_study("thirty-two")
-        optimize(study, objective, n_trials=32, executor=cerebro, metric="val_loss")
+        optimize(study, objective, n_trials=32, executor=cerebro, metric="val_accuracy")
         tell(study)
 
         other = new_study("trainers")
-        other.optimize(objective_with_trainer, n_trials=8, n_jobs=4, callbacks=[CerebroCallback(cerebro)])
+        other.optimize(objective_with_trainer, n_trials=6, n_jobs=3, callbacks=[CerebroCallback(cerebro)])
         tell(other)
 
 checkpoint = Path(study.best_trial.user_attrs["checkpoint"])
 folder = checkpoint.parent.parent
 for plot in (plot_optimization_history, plot_intermediate_values):
-    plot(study).figure.savefig(folder / f"{plot.__name__}.png", dpi=120, bbox_inches="tight")
+    figure = plot(study).figure
+    figure.set_size_inches(10, 8)
+    figure.savefig(folder / f"{plot.__name__}.png", dpi=120, bbox_inches="tight")
 
 best = LitNet.load_from_checkpoint(checkpoint).eval()  # plain Lightning from here on
 with torch.no_grad():

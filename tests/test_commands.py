@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from cerebro_tune.errors import (
 )
 from cerebro_tune.run import Run
 from cerebro_tune.settings import Report
-from nets import Linear, Mortal, Remembering
+from cerebro_tune.trainable import as_recipe
+from lightning_nets import Momentum
+from nets import Deep, Linear, Mortal, Raising, Remembering
 from runs import CONFIGS, Script
 
 
@@ -205,6 +208,41 @@ def test_clones_under_the_logical_clock_start_where_their_source_was_committed(o
     for result in results:
         assert result.status == "finished", result.error
         assert [report["seen"] for report in result.history] == [report["units"] for report in result.history]
+
+
+def test_a_trial_may_bring_a_recipe_of_its_own(options: dict[str, Any]) -> None:
+    def answer(trial_id: str, report: Report) -> Decision:
+        return Decision.STOP if trial_id == "trial-0002" and report["units"] == 3 else Decision.CONTINUE
+
+    brought = [None, Deep, Momentum, Raising]
+    with Cerebro(**options | {"policy": "fixed", "backend": "local"}) as cerebro:
+        tuner = Script(answer)
+        run = cerebro.run(Linear, tuner, metric="val_loss")
+        for kind in brought:
+            config = {"lr": 0.03} | ({"raise_in": (1, 1)} if kind is Raising else {})
+            run.add(config, None if kind is None else as_recipe(kind))
+        assert [run.units_of(f"trial-{number:04d}") for number in range(4)] == [8] * 4
+        run.end_search()
+        results = cerebro.drive(run)
+        alike = [cerebro.fit(kind, [{"lr": 0.03}] * 2, metric="val_loss") for kind in (Linear, Deep)]
+    assert [result.status for result in results] == ["finished", "finished", "stopped", "failed"]
+    for number, same in enumerate(alike):
+        mine, theirs = results[number], same[number]
+        # A trial's shards come in the order that its index gives; the bits depend on nothing else.
+        assert mine.visits[0][:2] == theirs.visits[0][:2]
+        assert mine.history[0]["val_loss"] == theirs.history[0]["val_loss"]
+        assert set(load_file(str(mine.checkpoint))) == set(load_file(str(theirs.checkpoint)))
+    assert str(results[2].last_checkpoint).endswith("last.ckpt")
+    assert results[3].raised[:2] == ("builtins.RuntimeError", "builtins.Exception")
+    assert all(seconds > 0 for seconds in results[0].seconds.values())
+
+
+def test_threads_may_train_different_things_side_by_side(options: dict[str, Any]) -> None:
+    with Cerebro(**options) as cerebro, ThreadPoolExecutor(3) as pool:
+        kinds = [Linear, Deep, Momentum]
+        results = list(pool.map(lambda kind: cerebro.train_one(kind, {"lr": 0.03}, metric="val_loss"), kinds))
+    assert [result.status for result in results] == ["finished"] * 3
+    assert [str(result.checkpoint).rpartition(".")[2] for result in results] == ["safetensors", "safetensors", "ckpt"]
 
 
 def test_a_changed_key_that_nothing_reads_fails_the_clone_by_name(options: dict[str, Any]) -> None:

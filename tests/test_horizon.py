@@ -38,7 +38,8 @@ def test_the_text() -> None:
     assert told(AsyncHyperBandScheduler(max_t=10, grace_period=1)) == (
         "training_iteration counts units, 8 to an epoch. In epochs, max_t=10 is 1.25 and grace_period=1 is 0.125. "
         "If epochs were meant, write max_t=cerebro.units(10), grace_period=cerebro.units(1); "
-        'or give Cerebro report_every="epoch", and every report is an epoch.'
+        'or give Cerebro report_every="epoch", and every report is an epoch. '
+        "If units were meant, max_t=cerebro.units(1.25), grace_period=cerebro.units(0.125) says so."
     )
 
 

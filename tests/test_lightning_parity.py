@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,7 +165,7 @@ def cerebro(
 @pytest.mark.filterwarnings("ignore:.*overriding `LightningModule.optimizer_")  # Busy, Hooks
 @pytest.mark.parametrize(("row", "nets"), CASES, ids=[f"{row}-{nets.HOST}" for row, nets in CASES])
 def test_hops_equal_a_plain_fit(
-    cerebro: Cerebro, train: ShardedDataset, validation: ShardedDataset, row: str, nets: Any
+    cerebro: Cerebro, train: ShardedDataset, validation: ShardedDataset, row: str, nets: Any, tmp_path: Path
 ) -> None:
     kind, kwargs = row_of(row, nets)
     form = {"as_dict": True} if row == "dicts" else {}
@@ -186,7 +187,8 @@ def test_hops_equal_a_plain_fit(
         if "hyper_parameters" not in expected:
             assert hopped.pop("hyper_parameters") == result.config
         assert_equal(hopped, expected)
-        assert_equal(kind.load_from_checkpoint(result.last_checkpoint).state_dict(), hopped["state_dict"])
+        trainer.save_checkpoint(tmp_path / "plain.ckpt")
+        assert_equal(reopened(kind, result.last_checkpoint), reopened(kind, tmp_path / "plain.ckpt"))
         recorder = trainer.callbacks[-1]
         (recorded,) = (of for name, of in extras["attributes"].items() if name.endswith(".Recorder"))
         assert_equal(recorded, {name: vars(recorder)[name] for name in recorded})
@@ -195,6 +197,14 @@ def test_hops_equal_a_plain_fit(
         for report, logged in zip(result.history, ends, strict=True):
             assert {name: report[name] for name in logged} == logged
         check_row(row, trainer, extras)
+
+
+def reopened(kind: Any, path: Any) -> Any:
+    """The weights that a checkpoint gives a module of this class, or what is wrong."""
+    try:
+        return kind.load_from_checkpoint(path).state_dict()
+    except RuntimeError as error:  # a buffer that has no value in a fresh build
+        return str(error)
 
 
 def check_row(row: str, trainer: Any, extras: dict[str, Any]) -> None:

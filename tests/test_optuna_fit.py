@@ -260,8 +260,9 @@ def test_a_pruner_that_works_is_not_told_of(options: dict[str, Any]) -> None:
 def test_steps_that_are_meant_as_epochs_are_told_of_once(options: dict[str, Any]) -> None:
     pruner = pruners.MedianPruner(n_warmup_steps=2)
     (message,) = warned(a_study(pruner=pruner), options)
-    assert "n_warmup_steps=2, and a step is a unit here: 2 of 4 are 0.5 epochs" in message
-    assert "For 2 epochs write n_warmup_steps=cerebro.units(2), which is 8, for 0.5 write cerebro.units(0.5)" in message
+    assert message.startswith("MedianPruner: A step counts units, 4 to an epoch. In epochs, n_warmup_steps=2 is 0.5.")
+    assert "If epochs were meant, write n_warmup_steps=cerebro.units(2);" in message
+    assert "If units were meant, n_warmup_steps=cerebro.units(0.5) says so." in message
     assert warned(a_study(pruner=pruner), options) == []
     for fine in (0, 1, 4):
         assert warned(a_study(pruner=pruners.MedianPruner(n_warmup_steps=fine)), options) == []

@@ -30,6 +30,10 @@ QUIET = {
 }  # fmt: skip
 
 
+BUILDING = threading.Lock()
+"""Calls share the generator that a module's first weights are drawn from."""
+
+
 @pytest.fixture
 def executor(tmp_path: Path) -> Any:
     with Cerebro(workers=2, backend="inline", num_shards=4, run_dir=tmp_path / "runs", progress=False) as cerebro:
@@ -46,9 +50,10 @@ def asked(tmp_path: Path, executor: Cerebro, monkeypatch: pytest.MonkeyPatch) ->
 
 def fit(config: dict[str, Any], epochs: int = 2, **kwargs: Any) -> Any:
     """What a user's function does first."""
-    torch.manual_seed(0)
     trainer = pl.Trainer(strategy=HopStrategy(), max_epochs=epochs, **QUIET | kwargs)
-    module = lightning_nets.Momentum(config["lr"])
+    with BUILDING:
+        torch.manual_seed(0)
+        module = lightning_nets.Momentum(config["lr"])
     trainer.fit(module, *loaders())
     return trainer, module
 

@@ -13,6 +13,7 @@ import ray.tune
 import torch
 from ray.tune.schedulers import (
     ASHAScheduler,
+    FIFOScheduler,
     HyperBandForBOHB,
     HyperBandScheduler,
     MedianStoppingRule,
@@ -206,6 +207,46 @@ def test_an_exploit_goes_on_from_the_state_that_was_good(options: dict[str, Any]
     for reports in seen.values():
         assert all(iteration == units for iteration, units in reports)  # Remembering asserts that no unit is run twice
         assert reports[-1] == (8, 8)
+
+
+def test_a_trial_that_was_paused_in_mid_unit_is_heard_while_another_is_answered(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The one that reports is paused, and not told to go on as the one that waits is."""
+    log: list[tuple[int, int]] = []
+
+    class Pausing(FIFOScheduler):
+        """The first trial pauses the second in mid-unit, lets it go on at its 5th report, and waits itself for a while."""
+
+        held: Any = None
+
+        def on_trial_result(self, controller: Any, trial: Any, result: Any) -> str:
+            first, second = controller.get_trials()
+            at = result["training_iteration"]
+            log.append((int(trial is second), at))
+            if trial is first and at == 2:
+                self.held = second
+                controller.pause_trial(second)
+            if trial is first and at == 5:
+                self.held = first
+                return str(TrialScheduler.PAUSE)
+            return str(TrialScheduler.CONTINUE)
+
+        def choose_trial_to_run(self, controller: Any) -> Any:
+            others = [trial for trial in controller.get_trials() if trial is not self.held]
+            waiting = [trial for trial in others if trial.status in ("PENDING", "PAUSED")]
+            if self.held is not None and all(trial.is_finished() for trial in others):
+                return self.held
+            return waiting[0] if waiting else None
+
+    with Cerebro(**options) as executor:
+        analysis = tune.run(
+            nets.Remembering, config={"lr": tune.grid_search([0.1, 0.2])}, scheduler=Pausing(), metric="val_loss",
+            mode="min", verbose=0, storage_path=str(tmp_path / "ray"), executor=executor,
+        )  # fmt: skip
+    assert [trial.status for trial in analysis.trials] == ["TERMINATED"] * 2
+    paused = log.index((0, 5)) + 1
+    assert [trial for trial, _ in log[paused:]] == [1] * (len(log) - paused - 2) + [0] * 2  # 8th reports end by "done"
 
 
 class Optimistic(nets.Linear):

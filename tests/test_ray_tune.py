@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray.tune
 import torch
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 import nets
 from cerebro_tune import Cerebro, current_shard
 from cerebro_tune.errors import ConfigurationError, NotTrainableError
-from cerebro_tune_ray import tune
+from cerebro_tune_ray import PromotionASHA, tune
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -103,6 +104,28 @@ def test_result_grid_loggers_and_reports(tmp_path: Path, executor: Cerebro) -> N
     assert any(name.startswith("events.out.tfevents") for name in os.listdir(best.path))
 
 
+class Arrays(ray.tune.Trainable):
+    """Has arrays, objects and keys that JSON has not in its config and in its results."""
+
+    def step(self) -> dict[str, Any]:
+        weights = self.config["weights"]
+        return {"val_loss": weights.sum(), "weights": weights, "seen": {1: torch.ones(2), "net": nets.Deep}}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        return
+
+
+def test_arrays_and_objects_in_configs_and_results(asked: dict[str, Any]) -> None:
+    config = {"weights": np.arange(3.0), "net": nets.Deep, "sizes": {1: [2, 3]}}
+    analysis = tune.run(Arrays, config=config, stop={"training_iteration": 2}, scheduler=ASHAScheduler(), **asked)
+    assert statuses(analysis) == ["TERMINATED"]
+    assert analysis.trials[0].last_result["seen"]["net"] is nets.Deep
+    assert analysis.trials[0].last_result["val_loss"] == 3.0
+
+
 def test_without_an_executor_it_is_stock_ray(asked: dict[str, Any]) -> None:
     analysis = tune.run(Halving, config={"lr": 0.5}, stop={"training_iteration": 2}, **asked | {"executor": None})
     assert statuses(analysis) == ["TERMINATED"]
@@ -168,6 +191,14 @@ def test_stop_conditions_and_stoppers(asked: dict[str, Any]) -> None:
     by_epoch = tune.run(nets.Linear, config={"lr": 0.1}, stop={"epoch": 1}, **asked)
     assert (iterations(by_dict), iterations(by_function), iterations(by_epoch)) == ([4, 4, 4], [5, 5], [4])
     assert {*statuses(by_dict), *statuses(by_function), *statuses(by_epoch)} == {"TERMINATED"}
+
+
+def test_a_run_that_may_resume_begins_where_there_is_nothing_to_resume(asked: dict[str, Any]) -> None:
+    asked |= {"name": "again", "resume": "AUTO", "config": {"lr": 0.1}}
+    first = tune.run(nets.Linear, **asked)
+    assert iterations(first) == [8]
+    again = tune.run(nets.Linear, **asked)
+    assert [trial.trial_id for trial in again.trials] == [trial.trial_id for trial in first.trials]
 
 
 def test_a_report_per_epoch_is_an_iteration(options: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -262,6 +293,25 @@ def test_a_trial_that_is_tried_again_gives_what_it_would_have_given(
         again = by_rate[trial.config["lr"]]
         assert again.last_result["val_loss"] == trial.last_result["val_loss"]
         assert again.last_result["training_iteration"] == 8
+
+
+def test_a_trial_that_fails_in_its_first_unit_after_a_pause_goes_on_from_where_it_stood(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    units: dict[str, list[int]] = {}
+
+    class Watch(tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            units.setdefault(trial.trial_id, []).append(result["units"])
+
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    space = {"lr": tune.grid_search([0.003, 0.03, 0.3]), "marks": str(marks), "raise_in": (1, 0)}
+    scheduler = PromotionASHA(max_t=8, grace_period=4, reduction_factor=2)
+    analysis = tune.run(Flaky, config=space, scheduler=scheduler, callbacks=[Watch()], max_failures=1, **asked)
+    assert sum(trial.num_failures for trial in analysis.trials) == len(os.listdir(marks)) >= 1
+    assert sorted(units.values())[-1] == list(range(1, 9))
+    assert all(each == list(range(1, len(each) + 1)) for each in units.values())
 
 
 def test_failed_trials_end_the_run_as_in_ray(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class HopFit:
         told.refuse(trainer, given)
         self._seat = current() if trial is None else as_seat(trial, executor, metric or self._monitor())
         self._executor = executor if self._seat is None or executor is not None else self._seat.executor
+        if self._seat is not None:
+            trainer.callbacks[:] = [each for each in trainer.callbacks if not self._seat.takes_over(each)]
         self._back = HandBack(trainer, host, self._given)
         self._metric, self._mode = self._measure(metric)
 
@@ -125,7 +127,7 @@ class HopFit:
                 "its best_model_path will be.",
                 stacklevel=2,
             )
-        return chosen, mode if seat is None else seat.mode
+        return chosen, mode if seat is None or seat.metric is None else seat.mode
 
     def _data(self) -> dict[str, Any]:
         """What the fit is to read, as arguments of an executor; nothing where the executor has it."""

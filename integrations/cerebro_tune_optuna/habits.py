@@ -9,7 +9,7 @@ from optuna import pruners as stock
 from optuna.trial import TrialState
 
 from cerebro_tune.executor import Cerebro
-from cerebro_tune.units import Units
+from cerebro_tune.horizon import told_in_epochs
 from cerebro_tune.warn import warn_user
 from cerebro_tune_optuna import versions
 
@@ -59,16 +59,9 @@ def _has_company(trial: optuna.Trial) -> bool:
 
 
 def _check_steps(pruner: stock.BasePruner, executor: Cerebro) -> None:
-    shards = executor.train.num_shards
     if executor.report_every == "epoch":
         return
-    for name in _STEPS:
-        steps = versions.setting(pruner, name)
-        if isinstance(steps, int) and not isinstance(steps, Units) and 1 < steps < shards:
-            part = f"{steps / shards:.3g}"
-            warn_user(
-                f"{type(pruner).__name__} has {name}={steps}, and a step is a unit here: {steps} of {shards} are "
-                f"{part} epochs. For {steps} epochs write {name}=cerebro.units({steps}), which is {steps * shards}, "
-                f"for {part} write cerebro.units({part}); or let every epoch be a step: Cerebro(report_every='epoch')."
-            )
-            return
+    settings = {name: versions.setting(pruner, name) for name in _STEPS}
+    written = {name: steps for name, steps in settings.items() if isinstance(steps, int) and steps > 1}
+    if told := told_in_epochs("A step", written, executor.train.num_shards):
+        warn_user(f"{type(pruner).__name__}: {told}")

@@ -22,8 +22,8 @@ from cerebro_tune_optuna import versions
 
 PROCESS = "process"
 """The user attribute that says who trains a trial."""
-_SAME_START_S = 1.0
-"""Start times of one process, as the system tells them, differ by less when the clock is set."""
+_SAME_START_S = 0.01
+"""Systems count in hundredths of a second."""
 
 
 def runs_of(executor: Cerebro) -> Path:
@@ -33,8 +33,8 @@ def runs_of(executor: Cerebro) -> Path:
 
 def this_process(executor: Cerebro) -> dict[str, Any]:
     """What a trial notes."""
-    started, runs = psutil.Process().create_time(), str(runs_of(executor))
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "runs": runs}
+    started_s, runs = _started_s(psutil.Process()), str(runs_of(executor))
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, "runs": runs}
 
 
 def tell(study: optuna.Study, executor: Cerebro) -> list[int]:
@@ -53,7 +53,12 @@ def tell(study: optuna.Study, executor: Cerebro) -> list[int]:
 
 def _is_alive(owner: dict[str, Any]) -> bool:
     try:
-        started = psutil.Process(owner["pid"]).create_time()
+        started_s = _started_s(psutil.Process(owner["pid"]))
     except psutil.NoSuchProcess:
         return False
-    return bool(abs(started - owner["started"]) < _SAME_START_S)
+    return bool(abs(started_s - owner["started_s"]) < _SAME_START_S)
+
+
+def _started_s(process: psutil.Process) -> float:
+    """When it was started, in seconds since the machine was: no setting of the clock changes that."""
+    return float(process.create_time() - psutil.boot_time())

@@ -150,7 +150,8 @@ def fit(
         value: "best" (the best report on the whole validation set) or "last".
 
     TrialPruned is raised where the study's pruner ends the trial; `cerebro_tune_optuna.pruners` has some that work side
-    by side. NaN, in the metric or in the training loss, is returned as such: Optuna counts the trial as failed.
+    by side. NaN, in the metric or in the training loss, is returned as such: Optuna counts the trial as failed. Which
+    of several threads comes first is chance: a study that is to repeat is one for `optimize`, or has one thread.
     """
     check_value(value)
     seat = TrialSeat(trial, executor, metric)

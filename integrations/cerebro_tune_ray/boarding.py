@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from ray.tune.trainable import FunctionTrainable, wrap_function
 from cerebro_tune.data import ShardedDataset
 from cerebro_tune.errors import ConfigurationError, NotTrainableError
 from cerebro_tune.trainable import Recipe, as_recipe
+from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.classes import ClassRecipe, ClassRiders, Nothing
 from cerebro_tune_ray.controller import hopping
 from cerebro_tune_ray.functions import FunctionRiders
-from cerebro_tune_ray.riders import Controller, Riders
+from cerebro_tune_ray.rider import Controller
+from cerebro_tune_ray.riders import Riders
 
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro
@@ -94,11 +95,10 @@ def _stand_in(recipe: Recipe) -> type:
 
 def _explain_resources(name: str, resources: Any) -> None:
     if resources:
-        warnings.warn(
+        warn_user(
             f"{name} asks for resources for each of its trials, {resources}; by hops trials share the executor's "
             "workers: say what these have with workers=, devices= or, on a Ray cluster, resources_per_worker= of "
-            "Cerebro.",
-            stacklevel=4,
+            "Cerebro."
         )
 
 

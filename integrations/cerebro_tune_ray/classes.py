@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from cerebro_tune.errors import NotTrainableError
 from cerebro_tune.trainable import Config, Plan, Recipe, Trainable, UnitWork
 from cerebro_tune.visiting import visiting
-from cerebro_tune_ray.riders import TIMES, Result, Rider, Riders
+from cerebro_tune_ray.rider import TIMES, Result, Rider
+from cerebro_tune_ray.riders import Riders
 
 _NO_END = 1 << 20
 """Epochs of a trial that ends by Ray's stop only."""

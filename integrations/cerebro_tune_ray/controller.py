@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import tempfile
@@ -24,25 +25,30 @@ from ray.exceptions import RayTaskError
 from ray.train._internal import session
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
+from ray.tune.execution.experiment_state import _find_newest_experiment_checkpoint
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialScheduler
 
 from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
 from cerebro_tune.seat import current
+from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.record import FOLDER, Record, Standing
 from cerebro_tune_ray.recorded import Recorded
 from cerebro_tune_ray.restoring import latest, rehearse, tell_searcher
-from cerebro_tune_ray.riders import Result, Riders, Snapshot
+from cerebro_tune_ray.rider import Result
+from cerebro_tune_ray.riders import Riders
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
 from cerebro_tune_ray.score import Judged
+from cerebro_tune_ray.snapshot import Snapshot
 from cerebro_tune_ray.versions import TESTED, check
 
 _TICK_S = 0.2
 """How often Ray gets to look at its clock, for time budgets, interrupts and progress."""
 
+_STORAGE_LOG = "ray.train._internal.storage"
 _MARK = "_cerebro_calls"
 """An attribute of the searcher: how many calls had been noted when its state was written."""
 
@@ -64,8 +70,9 @@ class HopController(TuneController):
         self._told.file = self._riders.file
         self._resuming: list[Trial] = []
         self._broken: Exception | None = None
-        self._record = self._open_record(kwargs["storage"], anew=kwargs.get("resume_config") is None)
-        super().__init__(**{**kwargs, "scheduler": self._told})
+        resuming = kwargs.get("resume_config") if _has_state(kwargs["storage"]) else None  # with none Ray begins anew
+        self._record = self._open_record(kwargs["storage"], anew=resuming is None)
+        super().__init__(**{**kwargs, "scheduler": self._told, "resume_config": resuming})
         if self._broken is not None:  # which Ray logs, and begins anew
             raise self._broken
         self._told.record = self._riders.record = self._record
@@ -155,19 +162,25 @@ class HopController(TuneController):
         while self._resuming:
             self._start(self._resuming.pop(0))
         while len(self._running_trials) < self._riders.executor.live_trials:
+            self._maybe_update_trial_queue()  # before a scheduler is asked, which may think that nobody is left
             trial = self._next_to_run()
-            if trial is not None:
-                self._start(trial)
-                continue
-            known = len(self._trials)
-            self._maybe_update_trial_queue()
-            if len(self._trials) == known:
+            if trial is None:
                 break
+            self._start(trial)
+        if not self._running_trials and not self._pending_trials and self._search_alg.is_finished():
+            # A scheduler that waits for a trial which an error or a stop condition has ended would wait for ever.
+            for trial in list(self._paused_trials):
+                self.stop_trial(trial)
         if self._search_alg.is_finished() and not self._pending_trials:
             self._riders.end_search()
         if not self._snapshots and self._running_trials:
             self._snapshots = True
             self.checkpoint(force=True, wait=True)  # whoever dies from here on can be restored
+
+    def add_trial(self, trial: Trial) -> None:
+        """Ray's own, with the trial's folder, which progress reporters look into and an actor would make."""
+        trial.init_local_path()
+        super().add_trial(trial)
 
     def _next_to_run(self) -> Trial | None:
         chosen = self._scheduler_alg.choose_trial_to_run(self._wrapped())
@@ -180,7 +193,6 @@ class HopController(TuneController):
 
     def _start(self, trial: Trial) -> None:
         self._set_trial_status(trial, Trial.PENDING)
-        trial.init_local_path()
         self._callbacks.on_trial_start(iteration=self._iteration, trials=self._trials, trial=trial)
         self._set_trial_status(trial, Trial.RUNNING)
         self._live_trials.add(trial)
@@ -244,12 +256,11 @@ class HopController(TuneController):
         stop = self._trials[0].stopping_criterion or self._stopper
         told = horizon_warning(self._told.scheduler.scheduler, stop, shards=shards, report_every=report_every)
         if told is not None:
-            warnings.warn(told, stacklevel=2)
+            warn_user(told)
 
     def reported(self, trial: Trial, result: Result) -> None:
         """A trial reports: Ray decides, and may start others at once."""
         self._on_training_result(trial, result)
-        self._maybe_update_trial_queue()
         self._maybe_add_actors()
 
     def failed(self, trial: Trial, error: str) -> None:
@@ -259,7 +270,9 @@ class HopController(TuneController):
 
     def diverged(self, trial: Trial, result: Result) -> None:
         """A trial's loss is no number any more: to Ray it is done, with no score, and no error that ends the search."""
-        lost = {name: math.nan for name in (self._metric, "train_loss") if name is not None}
+        measured = [self._metric, self._told.metric, self._search_alg.metric]  # the last may be a list
+        names = {name for each in measured if each for name in ([each] if isinstance(each, str) else each)}
+        lost = dict.fromkeys((*names, "train_loss"), math.nan)
         self._on_training_result(trial, result | lost | {"done": True})
 
     def ended(self, trial: Trial) -> None:
@@ -270,7 +283,7 @@ class HopController(TuneController):
 
     def _write_checkpoint(self, trial: Trial) -> None:
         """Write the trial's state as Ray writes what an actor saves, and tell whoever wants to know."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _hushed(_STORAGE_LOG):
             self._riders.export(trial, Path(folder))
             trial.storage._update_checkpoint_index(trial.last_result)
             kept = trial.storage.persist_current_checkpoint(Checkpoint.from_directory(folder))
@@ -291,6 +304,24 @@ def _check_scheduler(scheduler: TrialScheduler) -> None:
             f"{type(scheduler).__name__} of Ray {ray.__version__} keeps no {', '.join(unknown)}, which is read to find "
             f'its rungs; this package works with {TESTED}: pip install "ray[tune]=={TESTED}.*".'
         )
+
+
+@contextmanager
+def _hushed(name: str) -> Iterator[None]:
+    """Without what a logger tells: here, that a checkpoint was created, which an actor would tell of itself alone."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _has_state(storage: Any) -> bool:
+    """Whether Ray has written the state of an experiment in this place."""
+    found = _find_newest_experiment_checkpoint(storage.experiment_fs_path, fs=storage.storage_filesystem)
+    return found is not None
 
 
 def _innermost(search_alg: Any) -> Any:

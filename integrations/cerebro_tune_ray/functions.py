@@ -28,7 +28,9 @@ from cerebro_tune.seat import Seat, seated
 from cerebro_tune.sharedrun import TakeState
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
-from cerebro_tune_ray.riders import Controller, Result, Rider, Riders, Snapshot, filled
+from cerebro_tune_ray.rider import Controller, Result, Rider, filled
+from cerebro_tune_ray.riders import Riders
+from cerebro_tune_ray.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro
@@ -204,8 +206,6 @@ class FunctionRiders(Riders):
             if self._run is None:
                 self._begin(recipe, metric=metric, mode=mode)
             begin, call.begin = call.begin, None
-            if rider.index is None:
-                rider.index = self.next_index()
             if begin is None:
                 hop = self.run.add(config, index=rider.index)
             elif begin.hop is not None:
@@ -263,11 +263,11 @@ class FunctionRiders(Riders):
         reply, take_state = self._fits.pop(hop, (None, None))
         if rider is not None:
             rider.hop = None
-            if result.status == "failed" and result.visits:
+            if result.status == "failed" and self._has_trained(hop):
                 self._good[rider.trial.trial_id] = self._snapshot(rider, hop)
         if reply is None or take_state is None:
             return  # a snapshot
-        if result.status != "failed" and result.visits:
+        if result.status != "failed" and self._has_trained(hop):
             state = self.run.state(hop)
             take_state(state)
             if rider is not None:
@@ -288,6 +288,8 @@ class FunctionRiders(Riders):
         begin = snapshot or self._good.pop(trial.trial_id, None)
         if begin is None and rider.back is not None:
             begin, rider.back = Snapshot.of(rider.back), None
+        if rider.index is None:
+            rider.index = self.next_index()
         call = Call(self, trial, begin)
         self._calls[trial.trial_id] = call
         self._threads = [*(thread for thread in self._threads if thread.is_alive()), call.thread]

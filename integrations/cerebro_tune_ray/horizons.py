@@ -9,6 +9,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.stopper import MaximumIterationStopper
 
 from cerebro_tune.horizon import told_in_epochs
+from cerebro_tune.units import Units
 from cerebro_tune_ray.schedulers import clock, lengths
 
 _REPORTS = "training_iteration"  # Ray's count of reports
@@ -22,6 +23,8 @@ def horizon_warning(scheduler: TrialScheduler | None, stop: Any, *, shards: int,
     if report_every == "epoch":
         return None
     counted = lengths(scheduler) if scheduler is not None and clock(scheduler) == _REPORTS else {}
+    if any(isinstance(length, Units) for length in counted.values()):
+        counted = {}  # a scheduler may keep one of them as another number: its author knows what units are
     return told_in_epochs(_REPORTS, counted | _stop_length(stop), shards)
 
 

@@ -154,5 +154,5 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON has not: numbers of NumPy as Python's, anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """A value that JSON has not: numbers, arrays and tensors as Python's numbers and lists, anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -8,7 +8,6 @@ was told since.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +18,10 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.utils import flatten_dict
 
 from cerebro_tune.errors import CerebroError
+from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.record import Call, Record, Standing
 from cerebro_tune_ray.recorded import Recorded, set_generators
-from cerebro_tune_ray.riders import Snapshot
+from cerebro_tune_ray.snapshot import Snapshot
 
 
 class Rehearsal:
@@ -73,9 +73,9 @@ class Rehearsal:
         answer = self._scheduler.on_trial_result(self, trial, result)
         if answer != call.told["decision"]:
             raise CerebroError(
-                f"Call {call.number} to {type(self._scheduler.scheduler.scheduler).__name__}, a result of {trial.trial_id}, was "
-                f"answered with {call.told['decision']} and is now with {answer}: the scheduler is not the one that "
-                "the experiment was begun with, or goes by something that it was not told."
+                f"Call {call.number} to {type(self._scheduler.scheduler.scheduler).__name__}, a result of "
+                f"{call.trial}, was answered with {call.told['decision']} and is now with {answer}: the scheduler is "
+                "not the one that the experiment was begun with, or goes by something that it was not told."
             )
         trial.run_metadata.last_result = result
         if answer == TrialScheduler.PAUSE:
@@ -144,7 +144,7 @@ def tell_searcher(search_alg: Any, calls: list[Call], known: set[str]) -> None:
             known.add(call.trial)
             with _next_id(call.trial):
                 if search_alg.next_trial() is None:
-                    warnings.warn(f"The searcher does not propose {call.trial} again, as it did before.", stacklevel=2)
+                    warn_user(f"The searcher does not propose {call.trial} again, as it did before.")
         elif call.kind == "result" and told["decision"] != TrialScheduler.STOP:
             search_alg.on_trial_result(call.trial, dict(told["result"]))
         elif call.kind == "complete":

@@ -6,20 +6,11 @@ clone that takes its place; what a scheduler holds of a trial's past is a clone 
 
 from __future__ import annotations
 
-import os
-import platform
-import socket
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from time import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from pyarrow.fs import LocalFileSystem
-from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 
 from cerebro_tune.errors import NonFiniteLossError
@@ -28,59 +19,14 @@ from cerebro_tune.results import TrialResult
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
 from cerebro_tune_ray.record import Record, Standing, plain_config
+from cerebro_tune_ray.rider import TIMES, Controller, Result, Rider, filled
+from cerebro_tune_ray.snapshot import LetGo, Snapshot
 
 if TYPE_CHECKING:
     from cerebro_tune.executor import Cerebro
     from cerebro_tune.run import Run
 
-Result = dict[str, Any]
-LetGo = deque[tuple[str | None, str | None]]
-"""Trials of the run, and files of states, that snapshots have held."""
-
-
-class Controller(Protocol):
-    """What hears of the trials: Ray's loop."""
-
-    compares: bool
-    """Whether its scheduler compares trials, which are to advance side by side then."""
-
-    def begun(self, shards: int, report_every: str) -> None:
-        """The run has begun, and the data is known."""
-
-    def reported(self, trial: Trial, result: Result) -> None:
-        """The trial, which is running, reports; its state stands still until one of the orders is given."""
-
-    def failed(self, trial: Trial, error: str) -> None:
-        """The trial cannot go on; it may be started again, from its last good state."""
-
-    def diverged(self, trial: Trial, result: Result) -> None:
-        """The trial's loss is NaN or infinite; `result` is what it had last."""
-
-    def ended(self, trial: Trial) -> None:
-        """The trial has ended by itself after its last report."""
-
-
-@dataclass
-class Rider:
-    """What is known of one of Ray's trials."""
-
-    trial: Trial
-    hop: str | None = None
-    """Its trial of the run: None before its first start, and after it failed without a unit behind it."""
-    index: int | None = None
-    """Its number among the trials that were started, which its random numbers come from, whatever takes its place."""
-    config: Config = field(default_factory=dict)
-    """What `hop` was given."""
-    iteration: int = 0
-    time_s: float = 0.0
-    parked: bool = False
-    """Whether Ray has paused it between two reports: the next one waits until it is started again."""
-    waiting: Callable[[], Result] | None = None
-    """Makes the result that waits."""
-    file: str | None = None
-    """Where its state lies on disk, as of its last report."""
-    back: Standing | None = None
-    """Where it stood in a run that is over, from which its next start brings it back."""
+_DIVERGED = f"{NonFiniteLossError.__module__}.{NonFiniteLossError.__name__}"
 
 
 class Riders:
@@ -142,7 +88,7 @@ class Riders:
         """Let go of the trial."""
         if rider := self._riders.get(trial.trial_id):
             self._replace(rider, None)
-            if rider.file is not None:
+            if rider.file is not None and trial.status != Trial.ERROR:  # a trial that failed may be tried again from it
                 self._spend(rider.file)
                 rider.file = None
                 self._settle_record()
@@ -234,7 +180,7 @@ class Riders:
             self._controller.diverged(rider.trial, filled(rider, dict(result.last_metrics), 0.0))
         elif result.status == "failed":
             self._controller.failed(rider.trial, error)
-            if rider.trial.status == Trial.PENDING and result.visits:
+            if rider.trial.status == Trial.PENDING and self._has_trained(result.trial_id):
                 self._replace(rider, self._keep(result.trial_id, rider.index))
         else:
             self._controller.ended(rider.trial)
@@ -356,15 +302,16 @@ class Riders:
         return self._ask(rider, hop, make)
 
     def _ask(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
+        before = self._deciding, self._answer  # a trial that starts while another reports may have waited to be heard
         self._deciding, self._answer = hop, None
         try:
             result = make()
             self._stand(rider, rider.config)
             self._controller.reported(rider.trial, result)
             self._settle_record()
+            return self._answer
         finally:
-            self._deciding = None
-        return self._answer
+            self._deciding, self._answer = before
 
     def _result(self, rider: Rider, report: Mapping[str, Any]) -> Result:
         """A report with all that Ray's trainables fill in."""
@@ -393,93 +340,12 @@ class Riders:
             del self._owners[before]
             self._order(before, Decision.STOP)
 
+    def _has_trained(self, hop: str) -> bool:
+        """Whether a unit is behind this trial of the run, be it of the trial that it is a clone of."""
+        return self.run.progress(hop)[0] > 0
+
     def _keep(self, hop: str, index: int | None = None) -> str:
         """A clone that stands paused."""
         clone = self.run.clone(hop, index=index)
         self.run.pause(clone)
         return clone
-
-
-_DIVERGED = f"{NonFiniteLossError.__module__}.{NonFiniteLossError.__name__}"
-TIMES = ("unit_time_s", "hop_time_s", "validation_time_s")
-
-
-def filled(rider: Rider, result: Result, elapsed_s: float) -> Result:
-    """A result with all that Ray's own trainables fill in, where it is not there already."""
-    rider.time_s += elapsed_s
-    now = time()
-    own = {
-        "training_iteration": rider.iteration,
-        "trial_id": rider.trial.trial_id,
-        "date": f"{datetime.fromtimestamp(now):%Y-%m-%d_%H-%M-%S}",
-        "timestamp": int(now),
-        "time_this_iter_s": elapsed_s,
-        "time_total_s": rider.time_s,
-        "time_since_restore": rider.time_s,
-        "iterations_since_restore": rider.iteration,
-        "pid": os.getpid(),
-        "hostname": platform.node(),
-        "node_ip": _ADDRESS,
-        "config": rider.trial.config,
-        "done": False,
-    }
-    return own | result | {"training_iteration": rider.iteration}
-
-
-def _address() -> str:
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "127.0.0.1"
-
-
-_ADDRESS = _address()
-
-
-class Snapshot(Checkpoint):
-    """A trial's state as it was, held in the run for as long as somebody refers to this; copies are one and the same.
-
-    It takes the place of a Checkpoint where a scheduler keeps one of a trial that others may exploit, and is no folder.
-    One of a run that is over has a `standing`, until it is wanted and held.
-    """
-
-    hop: str | None = None
-    standing: Standing | None = None
-    _watch: weakref.finalize[Any, Any] | None = None
-
-    def __init__(self, iteration: int, time_s: float, file: str | None) -> None:
-        super().__init__("snapshot", LocalFileSystem())
-        self.iteration, self.time_s, self._file = iteration, time_s, file
-
-    @classmethod
-    def of(cls, standing: Standing) -> Snapshot:
-        """Where a trial stood in a run that is over."""
-        snapshot = cls(standing.iteration, standing.time_s, standing.file)
-        snapshot.standing = standing
-        return snapshot
-
-    @property
-    def noted(self) -> Standing:
-        """Where the trial stood, of a snapshot that holds none yet."""
-        assert self.standing is not None, "it holds a trial of the run"
-        return self.standing
-
-    def hold(self, hop: str, let_go: LetGo) -> Snapshot:
-        """Hold this trial of the run; it is left in `let_go` when nobody refers to the snapshot any more."""
-        self.hop = hop
-        return self.watched(let_go)
-
-    def watched(self, let_go: LetGo) -> Snapshot:
-        """Leave what this holds by then in `let_go` when nobody refers to it any more."""
-        if self._watch is not None:
-            self._watch.detach()
-        # Whichever thread collects this must not call into the run, which may be in the middle of something.
-        self._watch = weakref.finalize(self, let_go.append, (self.hop, self._file))
-        self._watch.atexit = False
-        return self
-
-    def __copy__(self) -> Snapshot:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Checkpoint, (self.path, self.filesystem)  # what it holds does not outlive this process

@@ -1,8 +1,9 @@
 """Which Ray this package knows from the inside: what is used of it beyond its public face, and the tested range.
 
-`controller` takes the place of Ray's controller and of its session, `classes` makes class-API trainables outside of an
-actor; what `schedulers` reads of each scheduler is looked at there. All else is looked up here, once per process, by
-name and parameters, so that a Ray that is built otherwise is refused in a sentence, not found out in mid-search.
+`controller` takes the place of Ray's controller and of its session, `snapshot` of its checkpoints; `restoring` makes
+trials again, `classes` makes class-API trainables outside of an actor. What `schedulers` reads of each scheduler is
+looked at there. All else is looked up here, once per process, by name and parameters, so that a Ray that is built
+otherwise is refused in a sentence, not found out in mid-search.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _USED: dict[str, tuple[str, ...]] = {
     f"{_CONTROLLER}._maybe_update_trial_queue": (),
     f"{_CONTROLLER}._on_training_result": ("trial", "result"),
     f"{_CONTROLLER}._process_trial_save": ("trial", "checkpoint_value"),
+    f"{_CONTROLLER}._restore_trials": ("experiment_state",),
     f"{_CONTROLLER}._schedule_trial_export": ("trial",),
     f"{_CONTROLLER}._schedule_trial_pause": ("trial", "should_checkpoint"),
     f"{_CONTROLLER}._schedule_trial_save": ("trial", "result"),
@@ -35,12 +37,17 @@ _USED: dict[str, tuple[str, ...]] = {
     f"{_CONTROLLER}._set_trial_status": ("trial", "status"),
     f"{_CONTROLLER}._trial_task_failure": ("trial", "exception"),
     f"{_CONTROLLER}._wrapped": (),
+    f"{_CONTROLLER}.resume": ("resume_config",),
+    f"{_CONTROLLER}.save_to_dir": (),
     f"{_CONTROLLER}.stop_trial": ("trial",),
     "train._internal.checkpoint_manager._CheckpointManager.latest_checkpoint_result": (),
     "train._internal.session._TrainingResult": ("checkpoint", "metrics"),
     "train._internal.session._session": (),
     "train._internal.storage.StorageContext._update_checkpoint_index": ("metrics",),
     "train._internal.storage.StorageContext.persist_current_checkpoint": ("checkpoint",),
+    "tune.execution.experiment_state._find_newest_experiment_checkpoint": ("experiment_path", "fs"),
+    "tune.experiment.Trial.generate_id": (),
+    "tune.experiment.Trial.get_json_state": (),
     "tune.experiment.trial._TrialInfo": ("trial",),
     "tune.trainable.Trainable._setup_logdir": (),
     "tune.tune.TuneController": (),
