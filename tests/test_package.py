@@ -30,7 +30,10 @@ def test_the_wheel_has_the_four_packages_and_their_types(tmp_path: Path) -> None
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.parametrize(("package", "extra", "name"), [("ray", "ray", "tune"), ("optuna", "optuna", "optimize")])
+@pytest.mark.parametrize(
+    ("package", "extra", "name"),
+    [("ray", "ray", "tune"), ("ray", "ray", "RayWorkers"), ("optuna", "optuna", "optimize")],
+)
 def test_a_missing_host_is_named_with_the_command(package: str, extra: str, name: str) -> None:
     program = f"import importlib.util as u; u.find_spec = lambda name: None; from cerebro_tune_{package} import {name}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -23,6 +23,7 @@ from cerebro_tune.errors import ConfigurationError, DataError
 from cerebro_tune.settings import Report
 from cerebro_tune.testing import WorkersContract
 from cerebro_tune.workers.base import Workers
+from cerebro_tune_ray import tune
 from cerebro_tune_ray.copies import Copies
 from cerebro_tune_ray.workers import RayWorkers
 from lightning_nets import Busy
@@ -34,6 +35,15 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 ON_ITS_OWN = {"CPU": 1, "apart": 1}
 """Of a worker that is to have a node for itself: only nodes that the tests here add are such."""
+
+
+LATE = "cerebro_tune_ray.workers._LATE_S"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a worker takes its time, and who does what is part of what these tests compare."""
+    monkeypatch.setattr(LATE, 100.0)
 
 
 class TestRay(WorkersContract):
@@ -154,21 +164,20 @@ def test_a_node_goes_and_a_node_comes(
     with Cerebro(**fixed | {"placement": "pinned"}) as inline:
         expected = inline.fit(Deep, CONFIGS, metric="val_loss")
     _, doomed = nodes(), nodes()
-    late = "cerebro_tune_ray.workers._LATE_S"
 
     def lose_it() -> None:
-        monkeypatch.setattr(late, 1.0)
+        monkeypatch.setattr(LATE, 1.0)
         ray_session.remove_node(doomed, allow_graceful=False)
 
     def bring_another() -> None:
-        monkeypatch.setattr(late, 60.0)
+        monkeypatch.setattr(LATE, 100.0)
         nodes()
 
     with Cerebro(**fixed | {"backend": "ray", "resources_per_worker": ON_ITS_OWN}) as cerebro:
         first = trained(cerebro, Unhurried, {7: lose_it})
         told = capsys.readouterr().err
         assert "is lost: The actor died because its node has died" in told
-        assert "is not up: no node has had {'CPU': 1.0, 'apart': 1.0} for it in 1 s. The others do its part" in told
+        assert "is not up: no node has {'CPU': 1.0, 'apart': 1.0} for it, for 1 s now. The others do its part" in told
         second = trained(cerebro, Deep, {5: bring_another})
         third = trained(cerebro, Deep, {})
     for results in (first, second, third):
@@ -277,3 +286,14 @@ def test_a_killed_driver_leaves_nothing_on_the_cluster(ray_session: Any, train: 
         assert len(workers) == 1
         process.kill()
         assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_ray_tune_on_workers_of_the_same_ray(options: dict[str, Any], tmp_path: Path) -> None:
+    """A search of Ray Tune, whose driver it is that trains nothing."""
+    asked = {"metric": "val_loss", "mode": "min", "verbose": 0, "storage_path": str(tmp_path / "ray")}
+    rates = [config["lr"] for config in CONFIGS]
+    with Cerebro(**options | {"backend": "ray"}) as cerebro:
+        analysis = tune.run(Deep, config={"lr": tune.grid_search(rates)}, executor=cerebro, **asked)
+    assert [trial.status for trial in analysis.trials] == ["TERMINATED"] * 3
+    assert [trial.last_result["units"] for trial in analysis.trials] == [8] * 3
+    assert {trial.last_result["worker"] for trial in analysis.trials} <= {"worker-0", "worker-1"}

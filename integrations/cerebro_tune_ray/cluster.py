@@ -36,6 +36,14 @@ def checked(resources: Resources | None) -> dict[str, float]:
     return found
 
 
+def as_options(needed: Resources) -> dict[str, Any]:
+    """The same as options of an actor."""
+    names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    others = {name: amount for name, amount in needed.items() if name not in names}
+    known = {option: needed[name] for name, option in names.items() if name in needed}
+    return {"num_cpus": 0, **known, "resources": others}
+
+
 def room(needed: Resources) -> int:
     """How many workers the nodes of the cluster would hold, were they empty."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -51,7 +51,7 @@ from cerebro_tune.workers.messages import (
     Task,
     kinds_of,
 )
-from cerebro_tune_ray.cluster import Cluster, Resources, checked, node_of, room
+from cerebro_tune_ray.cluster import Cluster, Resources, as_options, checked, node_of, room
 from cerebro_tune_ray.copies import Copies
 from cerebro_tune_ray.post import Bytes, PostActor
 
@@ -71,6 +71,7 @@ class _Seat:
     stream: Any
     copies: Copies = field(default_factory=Copies)
     node: str = ""
+    """The host name of where it is, once it is up."""
     task: Task | None = None
     sent_s: float = 0.0
     """When the task was sent, by this machine's clock."""
@@ -115,15 +116,10 @@ class RayWorkers(Workers):
         seats = (kind,) * at_least(1, workers=workers)
         return seats, partial(cls, seats, max(1, int(needed.get("CPU", 0))), resources=needed)
 
-    @property
-    def nodes(self) -> dict[WorkerId, str]:
-        """The address of each worker's node; "" for one that is not up."""
-        return {worker: seat.node for worker, seat in self._seats.items()}
-
     def start(self, grow: Grow) -> None:  # noqa: D102
         self._grow = grow
-        self._pipe = WakePipe()
         self._cluster = Cluster(self._resources)
+        self._pipe = WakePipe()
         places = self._cluster.places(len(self.ids))
         self.apart = len({node_of(place) for place in places}) > 1  # and so it stays, or runs would not repeat
         for worker, place in zip(self.ids, places, strict=True):
@@ -174,9 +170,11 @@ class RayWorkers(Workers):
     def close(self) -> None:  # noqa: D102
         if self._cluster is None or self._pipe is None:
             return
-        if ray.is_initialized():
-            for seat in self._seats.values():
+        for seat in self._seats.values():
+            if seat.node and ray.is_initialized():
                 seat.post.obey.remote(Exit())
+            else:
+                self._unseat(seat)
         self._await_listeners()
         for seat in self._seats.values():
             self._unseat(seat)
@@ -193,12 +191,8 @@ class RayWorkers(Workers):
     # Seats
 
     def _seat(self, worker: WorkerId, place: PlacementGroup) -> None:
-        options = {
-            "num_cpus": self._resources.get("CPU", 0),
-            "num_gpus": self._resources.get("GPU", 0),
-            "resources": {name: amount for name, amount in self._resources.items() if name not in ("CPU", "GPU")},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=0),
-        }
+        options = as_options(self._resources)
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=0)
         post = PostActor.options(**options).remote(worker.number, self.device(worker), self.threads, sys.path)
         seat = self._seats[worker] = _Seat(worker, place, post, post.listen.remote())
         self._listeners = [thread for thread in self._listeners if thread.is_alive()]
@@ -254,7 +248,8 @@ class RayWorkers(Workers):
     def _listen(self, seat: _Seat) -> None:
         try:
             if not ray.wait([seat.stream], timeout=_LATE_S)[0]:
-                self._tell(seat, Late(seat.worker, f"no node has had {self._resources} for it in {_LATE_S:.0f} s"))
+                wants = "it is slow to start" if node_of(seat.place) else f"no node has {self._resources} for it"
+                self._tell(seat, Late(seat.worker, f"{wants}, for {_LATE_S:.0f} s now"))
             while self._hear(seat):
                 pass
         except Exception as error:  # noqa: BLE001  # the actor, its node or all of Ray is gone
