@@ -54,10 +54,17 @@ def told(log: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "moment", "how"),
-    [("asha", 14, "before"), ("hyperband", 25, "after"), ("promotion", 19, "before"), ("pbt", 51, "after")],
-)
-def test_every_result_is_that_of_the_undisturbed_search(folder: Path, name: str, moment: int, how: str) -> None:
+    ("name", "moment", "how", "fresh"),
+    [
+        ("asha", 14, "before", False), ("hyperband", 25, "after", False), ("promotion", 19, "before", False),
+        ("pbt", 51, "after", False), ("pbt", 61, "before", True), ("asha", 27, "after", True),
+    ],
+)  # fmt: skip
+def test_every_result_is_that_of_the_undisturbed_search(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, moment: int, how: str, fresh: bool
+) -> None:
+    if fresh:  # Ray's state of the experiment is that of its last step
+        monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
     whole = folder / "whole"
     whole.mkdir()
     for data in ("train", "validation"):
@@ -101,3 +108,47 @@ def test_it_resumes_only_what_it_was(folder: Path) -> None:
     shutil.rmtree(folder / "ray" / "search" / "cerebro")
     with ray_searches.executor(folder, 1) as cerebro, pytest.raises(ConfigurationError, match="has no record of its"):
         restore(folder, cerebro)
+
+
+def tuner(folder: Path, cerebro: Cerebro, trainable: Any, config: dict[str, Any], **tuning: Any) -> Any:
+    return tune.Tuner(
+        trainable, param_space=config, tune_config=tune.TuneConfig(metric="val_loss", mode="min", **tuning),
+        run_config=tune.RunConfig(storage_path=str(folder / "ray"), name="search", verbose=0), executor=cerebro,
+    )  # fmt: skip
+
+
+class Flaky(nets.Deep):
+    """Raises in its second epoch, for as long as a file is there."""
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        with Path(self._config["mark"]).with_name("units").open("a") as file:
+            file.write("one more\n")
+        told = Path(self._config["mark"]).exists() and self._config["lr"] > 0.02
+        if told and (work.epoch, work.position) == (1, 1):
+            raise RuntimeError("told to raise")
+        return super().run_unit(work)
+
+
+@pytest.mark.parametrize(("how", "units"), [("resume_errored", 22), ("restart_errored", 32)])
+def test_trials_that_failed_are_tried_again_when_that_is_asked_for(folder: Path, how: str, units: int) -> None:
+    mark = folder / "mark"
+    mark.touch()
+    space = {"lr": tune.grid_search([0.01, 0.1, 0.2]), "mark": str(mark)}
+    with ray_searches.executor(folder, 2) as cerebro:
+        failed = tuner(folder, cerebro, Flaky, space).fit()
+        assert failed.num_errors == 2
+        mark.unlink()
+        path = str(folder / "ray" / "search")
+        (folder / "units").unlink()
+        unasked = tune.Tuner.restore(path, Flaky, executor=cerebro).fit()
+        assert unasked.num_errors == 2
+        assert all(result.config == result.metrics["config"] for result in unasked)
+        grid = tune.Tuner.restore(path, Flaky, executor=cerebro, **{how: True}).fit()
+        assert [result.metrics["training_iteration"] for result in grid] == [16] * 3
+        assert len((folder / "units").read_text().splitlines()) == units
+        again = tune.Tuner.restore(path, Flaky, executor=cerebro).fit()
+    for last in (grid, again):
+        assert last.num_errors == 0
+        assert sorted(result.config["lr"] for result in last) == [0.01, 0.1, 0.2]
+        assert [result.error for result in last] == [None] * 3
+    assert not list((folder / "ray" / "search" / "cerebro").glob("*.safetensors"))

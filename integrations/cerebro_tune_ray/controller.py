@@ -24,7 +24,7 @@ from pyarrow.fs import LocalFileSystem
 from ray.exceptions import RayTaskError
 from ray.train._internal import session
 from ray.train._internal.session import _TrainingResult
-from ray.tune import Checkpoint
+from ray.tune import Checkpoint, ResumeConfig
 from ray.tune.execution.experiment_state import _find_newest_experiment_checkpoint
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
@@ -37,7 +37,7 @@ from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.record import FOLDER, Record, Standing
 from cerebro_tune_ray.recorded import Recorded
-from cerebro_tune_ray.restoring import latest, rehearse, tell_searcher
+from cerebro_tune_ray.restoring import check_resume, latest, rehearse, tell_searcher
 from cerebro_tune_ray.rider import Result
 from cerebro_tune_ray.riders import Riders
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
@@ -112,10 +112,13 @@ class HopController(TuneController):
                     f"The experiment in {self.experiment_path} has no record of its scheduler and trials, which lies "
                     "in its folder where that is on this machine: it can go on in stock Ray, from its checkpoints."
                 )
+            check_resume(resume_config)
             self._scheduler_alg = FIFOScheduler()  # Ray adds the trials as if they were new
-            super().resume(resume_config)
+            super().resume(ResumeConfig())
             self._scheduler_alg = self._told
             self._take_up(self._record)
+            self._told.record = self._record
+            self._try_again(resume_config.errored)
         except Exception as error:
             self._broken = error
             raise
@@ -145,8 +148,9 @@ class HopController(TuneController):
             sets[trial.status].add(trial)
             if not trial.is_finished():
                 self._live_trials.add(trial)
-                if standing := latest(record, trial):
-                    self._riders.put_back(trial, standing)
+            if trial.status != Trial.TERMINATED and (standing := latest(record, trial)):
+                self._riders.put_back(trial, standing)
+            self._mark_trial_to_checkpoint(trial)  # Ray's state may not know it
         self._riders.record = record
         self._riders.clear_out(record.standings())
         running = [trial for trial in self._trials if trial.status == Trial.RUNNING]
@@ -154,6 +158,21 @@ class HopController(TuneController):
         for trial in running:
             trial.status = Trial.PENDING
         self._pending_trials_list = [trial for trial in self._trials if trial in self._pending_trials]
+
+    def _try_again(self, how: str) -> None:
+        """Have trials that failed go on from where they stood, or begin anew as new ones, if that is asked for."""
+        for trial in list(self._failed_trials) if how != ResumeConfig.ResumeType.SKIP else ():
+            if how == ResumeConfig.ResumeType.RESUME:
+                trial.run_metadata.error_filename = trial.run_metadata.pickled_error_filename = None
+                again = trial
+            else:
+                again = trial.reset()
+                self._told.dropped(trial)
+            self._trials.remove(trial)
+            self._live_trials.discard(trial)
+            self._failed_trials.remove(trial)
+            again.set_status(Trial.PENDING)
+            self.add_trial(again)
 
     # What sends for actors in Ray's own.
 
@@ -244,7 +263,8 @@ class HopController(TuneController):
     def _cleanup_trials(self) -> None:
         self._told.record = self._riders.record = None  # what is stopped here may go on another time
         if self._record is not None:
-            self._record.close(over=self.is_finished())
+            failed = {trial.trial_id for trial in self._trials if trial.status == Trial.ERROR}
+            self._record.close(over=self.is_finished(), kept=failed)
         for trial in list(self._running_trials):
             self._schedule_trial_stop(trial)
         self._riders.close()

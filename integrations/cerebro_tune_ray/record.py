@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -29,7 +29,7 @@ create table states (number integer primary key, file text unique, standing text
 
 @dataclass(frozen=True)
 class Call:
-    """One call into the scheduler: add, start, result, complete, remove or error.
+    """One call into the scheduler: add, result, complete, remove or error; or what it is not told: start or drop.
 
     told: the result and the file of the state that it is of, the answer (`decision`), Ray's text of a trial, and the
         state of the generators of random numbers before the call, where it drew from them.
@@ -137,10 +137,11 @@ class Record:
         rows = self._database.execute("select file, standing from states order by number")
         return {file: Standing(**json.loads(standing)) for file, standing in rows}
 
-    def close(self, over: bool) -> None:
-        """Let go of the file; of an experiment that is over the states are not needed any more."""
-        for file in self.standings() if over else ():
-            self.forget(file)
+    def close(self, over: bool, kept: Collection[str]) -> None:
+        """Let go of the file; of an experiment that is over no states are needed any more but those of trials `kept`."""
+        for file, standing in self.standings().items() if over else ():
+            if standing.trial not in kept:
+                self.forget(file)
         self._database.close()
 
 

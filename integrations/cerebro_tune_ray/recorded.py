@@ -57,6 +57,11 @@ class Recorded:
         if self.record is not None:
             self.record.note("start", trial.trial_id, text=trial.get_json_state())
 
+    def dropped(self, trial: Trial) -> None:
+        """Another takes the place of a trial that failed."""
+        if self.record is not None:
+            self.record.note("drop", trial.trial_id)
+
     def _call(self, kind: str, trial: Trial, call: Callable[[], Any], **told: Any) -> Any:
         if self._inside or self.record is None:
             return call()

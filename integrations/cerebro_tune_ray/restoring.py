@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray.train._internal.session import _TrainingResult
+from ray.tune import ResumeConfig
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.utils import flatten_dict
 
-from cerebro_tune.errors import CerebroError
+from cerebro_tune.errors import CerebroError, ConfigurationError
 from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.record import Call, Record, Standing
 from cerebro_tune_ray.recorded import Recorded, set_generators
@@ -49,6 +50,8 @@ class Rehearsal:
             case "add":
                 if trial in self.trials:
                     self.trials.remove(trial)
+                else:
+                    _begin_anew(trial, told["text"])
                 self.trials.append(trial)
                 trial.status = Trial.PENDING
                 self._scheduler.on_trial_add(self, trial)
@@ -58,6 +61,7 @@ class Rehearsal:
             case "result":
                 self._result(call, trial)
             case "complete" if not trial.is_finished():
+                _report(trial, dict(told["result"]) | {"done": True})
                 self._scheduler.on_trial_complete(self, trial, dict(told["result"]))
                 trial.status = Trial.TERMINATED
             case "remove" if not trial.is_finished():
@@ -66,6 +70,8 @@ class Rehearsal:
             case "error":
                 self._scheduler.on_trial_error(self, trial)
                 trial.status = Trial.ERROR
+            case "drop":
+                self.trials.remove(trial)
 
     def _result(self, call: Call, trial: Trial) -> None:
         result = dict(call.told["result"])
@@ -77,7 +83,7 @@ class Rehearsal:
                 f"{call.trial}, was answered with {call.told['decision']} and is now with {answer}: the scheduler is "
                 "not the one that the experiment was begun with, or goes by something that it was not told."
             )
-        trial.run_metadata.last_result = result
+        _report(trial, result)
         if answer == TrialScheduler.PAUSE:
             self.pause_trial(trial)
         if trial.status == Trial.PAUSED and trial.latest_checkpoint_result is None:
@@ -113,21 +119,57 @@ class Rehearsal:
         return self._controller.snapshot_of(self._standings[file])
 
 
+def check_resume(asked: ResumeConfig) -> None:
+    """Trials that failed may be tried again; the others are as the scheduler knows them."""
+    usual = ResumeConfig()
+    if (asked.unfinished, asked.finished) != (usual.unfinished, usual.finished):
+        raise ConfigurationError(
+            f"By hops an experiment is taken up with unfinished={usual.unfinished} and finished={usual.finished}, and "
+            f"{asked} is asked for: what its scheduler was told would not hold any more. Choose by errored alone "
+            "(resume_errored or restart_errored of Tuner.restore)."
+        )
+
+
 def rehearse(controller: Any, scheduler: Recorded, record: Record, known: dict[str, Trial]) -> Rehearsal:
     """Make every noted call again; afterwards trials have the statuses that they had."""
     calls = record.calls()
     known |= {trial.trial_id: trial for trial in _unknown(controller, calls, known)}
     rehearsal = Rehearsal(controller, scheduler, known, record)
-    for trial in known.values():
-        trial.run_metadata.checkpoint_manager._latest_checkpoint_result = None
+    whole = {trial.trial_id: trial.run_metadata.last_result for trial in known.values()}
     for call in calls:
         rehearsal.repeat(call)
     if calls and calls[-1].kind == "result" and calls[-1].told["decision"] == TrialScheduler.STOP:
         rehearsal.stop_trial(known[calls[-1].trial])  # decided, and not carried out
     for trial in known.values():
+        if _same_report(whole[trial.trial_id], trial.run_metadata.last_result):
+            trial.run_metadata.last_result = whole[trial.trial_id]  # a scheduler is not told what is nested as such
         trial.invalidate_json_state()
         trial.run_metadata.invalidate_cache()
     return rehearsal
+
+
+def _begin_anew(trial: Trial, text: list[str]) -> None:
+    """Make of the trial what it was when it was added: its config too, which the scheduler may have changed since."""
+    first = Trial.from_json_state(text[0])
+    trial.config, trial.experiment_tag = first.config, first.experiment_tag
+    about = trial.run_metadata
+    about.checkpoint_manager._latest_checkpoint_result = None
+    about.last_result = {}
+    about.metric_analysis.clear()
+    about.metric_n_steps.clear()
+
+
+def _report(trial: Trial, flat: dict[str, Any]) -> None:
+    """Have the trial's last result be this one."""
+    if _same_report(flat, trial.run_metadata.last_result):  # a trial completes with the result that it was stopped at
+        trial.run_metadata.last_result["done"] = flat["done"]
+    else:
+        own = {name: value for name, value in flat.items() if not name.startswith("config/")}
+        trial.update_last_result({**own, "config": dict(trial.config)})
+
+
+def _same_report(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one.get(name) == other.get(name) for name in ("training_iteration", "timestamp", "time_total_s"))
 
 
 def _unknown(controller: Any, calls: list[Call], known: Mapping[str, Trial]) -> list[Trial]:
