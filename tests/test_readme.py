@@ -20,7 +20,7 @@ def test_the_python_blocks_run(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=120,
+        timeout=220,
         check=False,
         env=os.environ | {"RAY_ADDRESS": "local"},  # a Ray of its own, whatever else runs here
     )

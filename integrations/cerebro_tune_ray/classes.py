@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class ClassTrial(Trainable):
 
     def start(self, config: Config, plan: Plan) -> None:  # noqa: D102
         self.trainable = _at_home(self._cls)(config=dict(config))
+        self._folder = tempfile.TemporaryDirectory(prefix="cerebro-tune-")
 
     def run_unit(self, work: UnitWork) -> dict[str, Any]:
         """Call `train`, which calls `step`. The result travels whole: its keys are Ray's and the user's own."""
@@ -79,13 +81,17 @@ class ClassTrial(Trainable):
             return {"result": self.trainable.train()}
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"saved": saved(self.trainable), "counters": {name: vars(self.trainable)[name] for name in _COUNTERS}}
+        with self._empty_folder() as folder:
+            files = saved(self.trainable, folder)
+        return {"saved": files, "counters": {name: vars(self.trainable)[name] for name in _COUNTERS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
         vars(self.trainable).update(state["counters"])
-        with tempfile.TemporaryDirectory() as folder:
-            written = write_saved(state["saved"], Path(folder))
-            self.trainable.load_checkpoint(folder if written is None else written)
+        with self._empty_folder() as folder:
+            made = _dict_of(state["saved"])
+            if made is None:
+                write_saved(state["saved"], folder)
+            self.trainable.load_checkpoint(str(folder) if made is None else made)
 
     def change_config(self, old: Config, new: Config) -> None:
         """The class was made with the new config; what of the loaded state goes by it is `load_checkpoint`'s to say."""
@@ -93,37 +99,47 @@ class ClassTrial(Trainable):
     def close(self) -> None:  # noqa: D102
         if hasattr(self, "trainable"):
             self.trainable.stop()
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()
 
-
-def saved(trainable: Any) -> dict[str, Tensor]:
-    """What `save_checkpoint` gives, as bytes by file name."""
-    with tempfile.TemporaryDirectory() as folder:
+    @contextmanager
+    def _empty_folder(self) -> Iterator[Path]:
+        """The trial's folder, emptied afterwards: a new one for each unit would cost more than the rest of it."""
+        folder = Path(self._folder.name)
         try:
-            made = trainable.save_checkpoint(folder)
-        except NotImplementedError:
-            name = type(trainable).__name__
-            raise NotTrainableError(
-                f"{name} has no save_checkpoint, so that its trials could not leave the worker they are on: define "
-                f"save_checkpoint and load_checkpoint in {name}."
-            ) from None
-        if isinstance(made, dict):
-            return {_DICT: _tensor(cloudpickle.dumps(made))}
-        files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-        return {f"file/{path.relative_to(folder)}": _tensor(path.read_bytes()) for path in files}
+            yield folder
+        finally:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_saved(files: Mapping[str, Tensor], folder: Path) -> dict[str, Any] | None:
-    """Write into the folder what `saved` gave; return the dict, where it was one."""
-    if _DICT in files:
-        content = files[_DICT].numpy().tobytes()
-        (folder / "_dict_checkpoint.pkl").write_bytes(content)  # where Ray has it
-        made: dict[str, Any] = cloudpickle.loads(content)
-        return made
+def saved(trainable: Any, folder: Path) -> dict[str, Tensor]:
+    """What `save_checkpoint` gives, as bytes by file name; it may write into the folder."""
+    try:
+        made = trainable.save_checkpoint(str(folder))
+    except NotImplementedError:
+        name = type(trainable).__name__
+        raise NotTrainableError(
+            f"{name} has no save_checkpoint, so that its trials could not leave the worker they are on: define "
+            f"save_checkpoint and load_checkpoint in {name}."
+        ) from None
+    if isinstance(made, dict):
+        return {_DICT: _tensor(cloudpickle.dumps(made))}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {f"file/{path.relative_to(folder)}": _tensor(path.read_bytes()) for path in files}
+
+
+def write_saved(files: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what `saved` gave into the folder; a dict as Ray writes it."""
     for name, held in files.items():
-        path = folder / name.removeprefix("file/")
+        path = folder / ("_dict_checkpoint.pkl" if name == _DICT else name.removeprefix("file/"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(held.numpy().tobytes())
-    return None
+
+
+def _dict_of(files: Mapping[str, Tensor]) -> Any:
+    """The dict that `save_checkpoint` gave, if it was one."""
+    return cloudpickle.loads(files[_DICT].numpy().tobytes()) if _DICT in files else None
 
 
 def _tensor(content: bytes) -> Tensor:

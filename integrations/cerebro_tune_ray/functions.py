@@ -259,6 +259,7 @@ class FunctionRiders(Riders):
     def on_end(self, result: TrialResult) -> None:
         """Let the fit return; of a trial that failed, keep the state that it may be tried again from."""
         hop = result.trial_id
+        self._catch_up(hop)
         rider = self._owners.pop(hop, None)
         reply, take_state = self._fits.pop(hop, (None, None))
         if rider is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ class Record:
             )
         self._check(wanted)
         self._due: list[Standing] = []
+        self._gone: list[str] = []
+        """States to let go of with the next note."""
         self._names = count(self._number("states"))
         self.count = self._number("calls")
         """Calls noted."""
@@ -104,28 +106,28 @@ class Record:
     def note(self, kind: str, trial: str, **told: Any) -> None:
         """Note a call, and with it where trials are."""
         self.count += 1
-        with self._database:
-            self._database.execute("begin")
-            row = (self.count, kind, trial, json.dumps(told, default=_plain))
-            self._database.execute("insert into calls values (?, ?, ?, ?)", row)
-            self._put()
+        self._write((self.count, kind, trial, json.dumps(told, default=_plain)))
 
     def settle(self) -> None:
         """Note where trials are now, with no call."""
         if self._due:
-            with self._database:
-                self._database.execute("begin")
-                self._put()
+            self._write()
 
-    def _put(self) -> None:
-        rows = [(each.file, json.dumps(asdict(each))) for each in self._due]
-        self._database.executemany("insert into states (file, standing) values (?, ?)", rows)
+    def _write(self, *calls: tuple[int, str, str, str]) -> None:
+        rows = [(each.file, json.dumps(vars(each))) for each in self._due]
+        gone, self._gone = self._gone, []
+        with self._database:
+            self._database.execute("begin")
+            self._database.executemany("insert into calls values (?, ?, ?, ?)", calls)
+            self._database.executemany("insert into states (file, standing) values (?, ?)", rows)
+            self._database.executemany("delete from states where file = ?", [(file,) for file in gone])
         self._due.clear()
+        for file in gone:
+            (self.folder / file).unlink(missing_ok=True)
 
     def forget(self, file: str) -> None:
-        """Let go of a state that nobody may go back to."""
-        self._database.execute("delete from states where file = ?", (file,))
-        (self.folder / file).unlink(missing_ok=True)
+        """Let go of a state that nobody may go back to, with the next note: a transaction costs more than the rest."""
+        self._gone.append(file)
 
     def calls(self) -> list[Call]:
         """All calls, in order."""
@@ -139,9 +141,9 @@ class Record:
 
     def close(self, over: bool, kept: Collection[str]) -> None:
         """Let go of the file; of an experiment that is over no states are needed any more but those of trials `kept`."""
-        for file, standing in self.standings().items() if over else ():
-            if standing.trial not in kept:
-                self.forget(file)
+        self._gone += [file for file, standing in self.standings().items() if over and standing.trial not in kept]
+        self._write()
+        self._database.close()
         self._database.close()
 
 

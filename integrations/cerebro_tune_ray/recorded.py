@@ -17,6 +17,9 @@ from ray.tune.experiment import Trial
 from cerebro_tune_ray.record import Record
 from cerebro_tune_ray.score import Judged
 
+_Generators = tuple[tuple[Any, ...], Any]
+"""The states of the global generators of Python and of NumPy."""
+
 
 class Recorded:
     """A scheduler that is told as Ray tells it; what is not here is the scheduler's own."""
@@ -65,21 +68,27 @@ class Recorded:
     def _call(self, kind: str, trial: Trial, call: Callable[[], Any], **told: Any) -> Any:
         if self._inside or self.record is None:
             return call()
-        self._inside, before = True, _generators()
+        self._inside, before = True, (random.getstate(), np.random.get_state())
         try:
             answer = call()
         finally:
             self._inside = False
-        if _generators() != before:
-            told["generators"] = before
+        if _moved(before):
+            told["generators"] = _plain(before)
         self.record.note(kind, trial.trial_id, decision=answer, **told)
         return answer
 
 
-def _generators() -> list[Any]:
-    """Where the global generators of Python and NumPy are in their streams, as plain data."""
-    version, words, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
+def _moved(before: _Generators) -> bool:
+    """Whether the global generators have been drawn from, or set, since."""
+    python, (_, words, *rest) = before
+    _, words_now, *rest_now = np.random.get_state()
+    return random.getstate() != python or rest_now != rest or not np.array_equal(words_now, words)
+
+
+def _plain(generators: _Generators) -> list[Any]:
+    """Where the global generators of Python and NumPy were in their streams, as plain data."""
+    (version, words, gauss), (kind, keys, *rest) = generators
     return [[version, list(words), gauss], [kind, np.asarray(keys).tolist(), *rest]]
 
 

@@ -39,6 +39,8 @@ class Riders:
         self._riders: dict[str, Rider] = {}
         self._owners: dict[str, Rider] = {}
         """By id of the run's trial; snapshots, and what nobody wants any more, have none."""
+        self._reports: deque[tuple[str, Mapping[str, Any]]] = deque()
+        """What Ray has not heard yet."""
         self._deciding: str | None = None
         self._answer: Decision | None = None
         self._search_ended = False
@@ -136,8 +138,15 @@ class Riders:
         return rider is not None and rider.hop is not None
 
     def wait(self, timeout_s: float) -> None:
-        """Let the run go on until something has happened, or the time has passed."""
-        self.run.turn(timeout_s)
+        """Let the run go on until something has happened, or the time has passed; hand Ray a report.
+
+        What Ray makes of it takes milliseconds: before that the workers start what is ready.
+        """
+        if not self._reports:
+            self.run.turn(timeout_s)
+        if self._reports:
+            self.run.turn(0)
+            self._hand_over()
         while self._let_go:
             hop, file = self._let_go.popleft()
             if hop is not None:
@@ -162,14 +171,15 @@ class Riders:
     # What the run tells, as its tuner.
 
     def on_report(self, trial_id: str, report: Mapping[str, Any]) -> Decision | None:
-        """Hand the report to Ray, and answer with what Ray orders."""
-        rider = self._owners.get(trial_id)
-        if rider is None:  # stopped while it ran this unit
+        """Keep the report for `wait`; Ray's order is the answer."""
+        if trial_id not in self._owners:  # stopped while it ran this unit
             return Decision.STOP
-        return self._hear(rider, trial_id, lambda: self._result(rider, report))
+        self._reports.append((trial_id, report))
+        return None
 
     def on_end(self, result: TrialResult) -> None:
         """Tell Ray of a trial that has ended otherwise than by its order."""
+        self._catch_up(result.trial_id)
         rider = self._owners.pop(result.trial_id, None)
         if rider is None:
             return
@@ -293,6 +303,19 @@ class Riders:
             if file not in inuse and self._kept[file] <= 0:
                 self.record.forget(file)
         self._spent.clear()
+
+    def _catch_up(self, ending: str) -> None:
+        """Hand Ray what came before the end of a trial that it is to hear of."""
+        while ending in self._owners and self._reports:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Hand Ray the oldest report, unless its trial was stopped since, which has answered it."""
+        hop, report = self._reports.popleft()
+        if rider := self._owners.get(hop):
+            answer = self._hear(rider, hop, lambda: self._result(rider, report))
+            if answer is not None:
+                self._settle(hop, answer)
 
     def _hear(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
         """Hand Ray a result now, or, of a trial that Ray has paused, when it is started again."""

@@ -1,0 +1,89 @@
+"""Contenders that take turns, each in a process of its own, so that what it uses can be told from what others do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing.connection import Connection
+from time import perf_counter
+from typing import Any
+
+from _processes import Usage
+
+Opened = Callable[[], AbstractContextManager[Callable[..., int]]]
+"""Starts what a contender needs, and gives the call that is a turn, which returns how many units it has run."""
+
+_LOOK_S = 0.2
+_MEMORY_EVERY = 5  # looks
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn took, all processes of the contender together."""
+
+    wall_s: float
+    units: int
+    cpu_s: float
+    peak_mb: float
+
+    @property
+    def unit_ms(self) -> float:
+        """Wall clock per unit."""
+        return 1e3 * self.wall_s / self.units
+
+
+def median(turns: Sequence[Turn]) -> Turn:
+    """The turn that took the median of wall clock per unit; of an even number the slower one."""
+    return next(turn for turn in turns if turn.unit_ms == statistics.median_high(each.unit_ms for each in turns))
+
+
+class Contender:
+    """Close it at the end; `opened` is a function that its process can import."""
+
+    def __init__(self, opened: Opened) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(opened, theirs))
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()
+
+    def turn(self, *arguments: Any) -> Turn:
+        """Let it have its turn."""
+        assert self._process.pid is not None, "started"
+        usage = Usage(self._process.pid)
+        self._pipe.send(arguments)
+        for look in count():
+            usage.look(memory=look % _MEMORY_EVERY == 0)
+            if self._pipe.poll(_LOOK_S):
+                break
+        wall_s, units = self._pipe.recv()
+        usage.look(memory=True)
+        return Turn(wall_s, units, usage.cpu_s, usage.peak_mb)
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(opened: Opened, pipe: Connection) -> None:
+    warnings.simplefilter("ignore")  # errors it tells on stderr
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), opened() as act:
+        pipe.send(None)
+        while True:
+            try:
+                arguments = pipe.recv()
+            except EOFError:
+                return
+            began = perf_counter()
+            units = act(*arguments)
+            pipe.send((perf_counter() - began, units))

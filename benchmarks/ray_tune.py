@@ -1,0 +1,123 @@
+"""Ray Tune by hops beside stock Ray: the same trainable, search space and seeds, on 2 CPUs, taking turns.
+
+First a class trainable whose unit is a sleep, searched by three schedulers that compare trials after each epoch of
+units. Wall clock is that of `tune.run`, per unit, for schedulers decide by what has come in, and so not the same on
+both sides. What Ray and the executor take to start is not in it, and each side has had a turn before. Overhead is the
+wall clock per unit beyond that of units which follow one another on both CPUs without a gap: what trials cost when they
+start and end is in it, and a CPU that idles at the end. Then the demo's CNN.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in all processes that inherit it
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import _ray_cnn
+import _ray_searches
+from _report import Report
+from _turns import Contender, Opened, Turn, median
+
+WORKERS = 2
+STOCK, REUSED, OURS = "stock", "stock, reuse_actors", "ours"
+SCHEDULERS = ("ASHA", "HyperBand", "PBT")
+# (ms of a unit, trials, units of an epoch, epochs, turns of all but stock, which has one)
+SEARCHES = [(0, 8, 9, 3, 3), (50, 8, 9, 3, 1), (500, 6, 3, 3, 1)]
+OVERHEAD_MS = 4.0  # of empty units
+BARS = {(50, STOCK): 0.2, (50, REUSED): 0.8, (500, REUSED): 1.02}
+
+FUNCTION, CLASS, PLAIN = "stock, function trainable", "stock, class, reuse_actors", "no Ray, a fit per config"
+EPOCHWISE = "ours, a report per epoch"
+CNN_TURNS = 3  # of all but stock, which has one
+CNN_BARS = {FUNCTION: 0.25, CLASS: 0.9}
+
+
+def main() -> int:
+    report = Report()
+    print(f"{'search':<28}{'':<28}{'wall s':>8}{'units':>7}{'ms/unit':>9}{'over ms':>9}{'CPU s':>8}{'peak MB':>9}")
+    searches(report)
+    cnn(report)
+    print()
+    return report.finish()
+
+
+def searches(report: Report) -> None:
+    opened: dict[str, Opened] = {
+        STOCK: partial(_ray_searches.stock, False),
+        REUSED: partial(_ray_searches.stock, True),
+        OURS: _ray_searches.ours,
+    }
+    with started(opened) as contenders:
+        for contender in contenders.values():
+            contender.turn("ASHA", 0.0, 2, 1, 1)
+        for unit_ms, trials, epoch, epochs, turns in SEARCHES:
+            for scheduler in SCHEDULERS:
+                arguments = scheduler, unit_ms / 1e3, trials, epoch, epochs
+                found = take_turns(contenders, arguments, turns)
+                name = f"{scheduler}, units of {unit_ms} ms"
+                for contender, turn in found.items():
+                    show(name, contender, turn, unit_ms)
+                judge(report, name, unit_ms, found)
+
+
+def judge(report: Report, name: str, unit_ms: int, found: dict[str, Turn]) -> None:
+    if unit_ms == 0:
+        report.add(f"{name}: overhead per unit", found[OURS].unit_ms, OVERHEAD_MS, "ms")
+    for other in (STOCK, REUSED):
+        ratio = found[OURS].unit_ms / found[other].unit_ms
+        report.add(f"{name}: wall clock per unit beside {other}", ratio, BARS.get((unit_ms, other)))
+
+
+def cnn(report: Report) -> None:
+    opened: dict[str, Opened] = {
+        FUNCTION: _ray_cnn.stock_function,
+        CLASS: _ray_cnn.stock_class,
+        OURS: partial(_ray_cnn.ours, "unit"),
+        EPOCHWISE: partial(_ray_cnn.ours, "epoch"),
+        PLAIN: _ray_cnn.plain,
+    }
+    with started(opened) as contenders:
+        for contender in contenders.values():
+            contender.turn(_ray_cnn.ONE)
+        found = take_turns(contenders, (_ray_cnn.GRID,), CNN_TURNS)
+    for contender, turn in found.items():
+        show("CNN, 12 configs x 3 epochs", contender, turn)
+    for other in (FUNCTION, CLASS, PLAIN):
+        ratio = found[OURS].wall_s / found[other].wall_s
+        report.add(f"CNN: wall clock beside {other}", ratio, CNN_BARS.get(other))
+
+
+@contextmanager
+def started(opened: dict[str, Opened]) -> Iterator[dict[str, Contender]]:
+    """All contenders, ready for their turns."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(Contender(each)) for name, each in opened.items()}
+
+
+def take_turns(contenders: dict[str, Contender], arguments: tuple[Any, ...], turns: int) -> dict[str, Turn]:
+    """The median turn of each contender."""
+    taken: dict[str, list[Turn]] = {name: [] for name in contenders}
+    for number in range(turns):
+        for name, contender in contenders.items():
+            if number == 0 or name not in (STOCK, FUNCTION):
+                taken[name].append(contender.turn(*arguments))
+    return {name: median(all_of_one) for name, all_of_one in taken.items()}
+
+
+def show(name: str, contender: str, turn: Turn, unit_ms: float | None = None) -> None:
+    over = "" if unit_ms is None else f"{turn.unit_ms - unit_ms / WORKERS:.1f}"
+    print(
+        f"{name:<28}{contender:<28}{turn.wall_s:>8.2f}{turn.units:>7}{turn.unit_ms:>9.1f}{over:>9}{turn.cpu_s:>8.1f}"
+        f"{turn.peak_mb:>9,.0f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
