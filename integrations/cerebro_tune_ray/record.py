@@ -140,7 +140,7 @@ class Record:
         return {file: Standing(**json.loads(standing)) for file, standing in rows}
 
     def close(self, over: bool, kept: Collection[str]) -> None:
-        """Let go of the file; of an experiment that is over no states are needed any more but those of trials `kept`."""
+        """Let go of the file; of an experiment that is over the only states still needed are those of trials `kept`."""
         self._gone += [file for file, standing in self.standings().items() if over and standing.trial not in kept]
         self._write()
         self._database.close()
