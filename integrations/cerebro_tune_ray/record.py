@@ -21,9 +21,11 @@ from cerebro_tune.errors import ConfigurationError
 FOLDER = "cerebro"
 _FORMAT = 1
 _TABLES = """
+begin;
 create table about (key text primary key, value text);
 create table calls (number integer primary key, kind text, trial text, told text);
 create table states (number integer primary key, file text unique, standing text);
+commit;
 """
 
 
@@ -143,7 +145,6 @@ class Record:
         """Let go of the file; of an experiment that is over the only states still needed are those of trials `kept`."""
         self._gone += [file for file, standing in self.standings().items() if over and standing.trial not in kept]
         self._write()
-        self._database.close()
         self._database.close()
 
 

@@ -146,6 +146,7 @@ class Riders:
             self.run.turn(timeout_s)
         if self._reports:
             self.run.turn(0)
+        if self._reports:  # a trial that failed meanwhile may have had them heard before its end
             self._hand_over()
         while self._let_go:
             hop, file = self._let_go.popleft()
