@@ -218,6 +218,31 @@ def test_a_function_that_raises_fails_its_trial_and_goes_on_when_tried_again(
     assert units == list(range(1, 9))  # the first epoch is not trained again
 
 
+def test_a_function_that_fits_twice_goes_on_with_the_fit_that_failed(asked: dict[str, Any], tmp_path: Path) -> None:
+    reports: list[tuple[int, int]] = []
+
+    class Breaking(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            mark = tmp_path / "raised"
+            if trainer.current_epoch == 1 and not mark.exists():
+                mark.touch()
+                raise RuntimeError("told to raise")
+
+    def train(config: dict[str, Any]) -> None:
+        fit(config, epochs=1)
+        fit(config, epochs=2, callbacks=[Breaking()])
+
+    class Watch(tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            reports.append((result["training_iteration"], result["units"]))
+
+    (trial,) = tune.run(train, config={"lr": 0.1}, max_failures=1, callbacks=[Watch()], **asked).trials
+    assert trial.status == "TERMINATED"
+    first, second = [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [units for _, units in reports] == [*first, *second[:4], *first, *second[4:]]  # the first is trained again
+    assert [iteration for iteration, _ in reports] == list(range(1, 17))
+
+
 def test_rays_own_callbacks_are_left_out_and_their_names_hold(asked: dict[str, Any]) -> None:
     from ray.tune.integration.pytorch_lightning import TuneReportCheckpointCallback
 

@@ -361,6 +361,17 @@ def test_ctrl_c_ends_with_the_results_so_far(options: dict[str, Any], asked: dic
     assert statuses(again) == ["TERMINATED"]
 
 
+def test_a_second_ctrl_c_leaves_the_executor_free(asked: dict[str, Any], executor: Cerebro) -> None:
+    class Interrupting(tune.Callback):
+        def on_trial_result(self, **info: Any) -> None:
+            raise KeyboardInterrupt  # as Python does while Ray cleans up after the first one
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(nets.Linear, config=SPACE, callbacks=[Interrupting()], **asked)
+    assert executor.current is None
+    assert iterations(tune.run(nets.Linear, config={"lr": 0.1}, **asked)) == [8]
+
+
 # Hooks.
 
 
@@ -403,6 +414,10 @@ def test_what_cannot_be_trained_is_refused_by_name(asked: dict[str, Any], execut
     resources = ResourceChangingScheduler(ASHAScheduler())
     with pytest.raises(ConfigurationError, match="give its base_scheduler"):
         tune.run(nets.Linear, config=SPACE, scheduler=resources, **asked)
+    with pytest.raises(ConfigurationError, match=r"restore='.*there' is not read by hops"):
+        tune.run(nets.Linear, restore="there", config={"lr": 0.1}, **asked)
+    with pytest.warns(UserWarning, match="log_to_file=.* has no effect"):
+        tune.run(nets.Linear, log_to_file=True, config={"lr": 0.1}, **asked)
     with pytest.raises(ConfigurationError, match="no current shard"):
         current_shard()
     assert executor.current is None

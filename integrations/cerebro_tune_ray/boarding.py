@@ -18,8 +18,8 @@ from cerebro_tune.errors import ConfigurationError, NotTrainableError
 from cerebro_tune.trainable import Recipe, as_recipe
 from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.classes import ClassRecipe, ClassRiders, Nothing
-from cerebro_tune_ray.controller import hopping
 from cerebro_tune_ray.functions import FunctionRiders
+from cerebro_tune_ray.hosting import hopping
 from cerebro_tune_ray.rider import Controller
 from cerebro_tune_ray.riders import Riders
 

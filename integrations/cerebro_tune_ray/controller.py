@@ -11,18 +11,14 @@ import logging
 import math
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.tune.tune
 from pyarrow.fs import LocalFileSystem
 from ray.exceptions import RayTaskError
-from ray.train._internal import session
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint, ResumeConfig
 from ray.tune.execution.experiment_state import _find_newest_experiment_checkpoint
@@ -31,7 +27,6 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialScheduler
 
 from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
-from cerebro_tune.seat import current
 from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
@@ -43,7 +38,7 @@ from cerebro_tune_ray.riders import Riders
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
 from cerebro_tune_ray.score import Judged
 from cerebro_tune_ray.snapshot import Snapshot
-from cerebro_tune_ray.versions import TESTED, check
+from cerebro_tune_ray.versions import TESTED
 
 _TICK_S = 0.2
 """How often Ray gets to look at its clock, for time budgets, interrupts and progress."""
@@ -198,6 +193,7 @@ class HopController(TuneController):
 
     def add_trial(self, trial: Trial) -> None:
         """Ray's own, with the trial's folder, which progress reporters look into and an actor would make."""
+        _check_trial(trial)
         trial.init_local_path()
         super().add_trial(trial)
 
@@ -326,6 +322,19 @@ def _check_scheduler(scheduler: TrialScheduler) -> None:
         )
 
 
+def _check_trial(trial: Trial) -> None:
+    if trial.restore_path:
+        raise ConfigurationError(
+            f"restore={trial.restore_path!r} is not read by hops: load the weights where the model is built, or take "
+            "up a whole experiment with Tuner.restore."
+        )
+    if any(trial.log_to_file):
+        warn_user(
+            f"log_to_file={trial.log_to_file!r} has no effect by hops: what trials print is printed here, after "
+            "their names."
+        )
+
+
 @contextmanager
 def _hushed(name: str) -> Iterator[None]:
     """Without what a logger tells: here, that a checkpoint was created, which an actor would tell of itself alone."""
@@ -371,39 +380,3 @@ class _NoActors:
 
     def get_live_actors_resources(self) -> dict[str, float]:
         return {}
-
-
-# How a call of Ray's gets this controller.
-
-_board: ContextVar[Board | None] = ContextVar("board", default=None)
-
-
-def _make_controller(**kwargs: Any) -> TuneController:
-    board = _board.get()
-    return TuneController(**kwargs) if board is None else HopController(board, **kwargs)
-
-
-class _Sessions:
-    """Stands for Ray's session of a function trainable, which is one per process: here it is the call of the thread."""
-
-    def __bool__(self) -> bool:
-        return current() is not None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(current(), name)
-
-
-@contextmanager
-def hopping(board: Board) -> Iterator[None]:
-    """Within, `ray.tune.run` on this thread runs its trials on this board."""
-    check()
-    ray.tune.tune.TuneController = _make_controller
-    if session._session is None:
-        session._session = _Sessions()
-    token = _board.set(board)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Consider boosting PBT performance")  # there are no actors to reuse
-            yield
-    finally:
-        _board.reset(token)

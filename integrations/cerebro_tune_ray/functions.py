@@ -54,8 +54,9 @@ class Call(Seat):
     def __init__(self, riders: FunctionRiders, trial: Trial, begin: Snapshot | None) -> None:
         self.executor, self._riders, self.trial = riders.executor, riders, trial
         self.begin = begin
-        """The state that its first fit goes on from."""
-        self.fitted = False
+        """The state that one of its fits goes on from."""
+        self.fits = 0
+        """How many it has asked for."""
         self.renamed: dict[str, str] = {}
         """Metrics that a callback was to report to Ray by another name: theirs, by Ray's."""
         self.thread = Thread(target=self._run, name=f"cerebro-{trial.trial_id}", daemon=True)
@@ -205,8 +206,8 @@ class FunctionRiders(Riders):
         try:
             if self._run is None:
                 self._begin(recipe, metric=metric, mode=mode)
-            begin, call.begin = call.begin, None
-            if begin is None:
+            begin = call.begin
+            if begin is None or begin.fit != call.fits + 1:
                 hop = self.run.add(config, index=rider.index)
             elif begin.hop is not None:
                 hop = self.run.clone(begin.hop, config, rider.index)
@@ -215,7 +216,7 @@ class FunctionRiders(Riders):
         except CerebroError as error:
             reply.set_exception(error)
             return
-        call.fitted = True
+        call.fits = rider.fit = call.fits + 1
         self._fits[hop] = reply, take_state
         self._replace(rider, hop)
 
@@ -225,7 +226,7 @@ class FunctionRiders(Riders):
         if not self._is_on(call):
             reply.set_exception(CallOver())
             return
-        if not call.fitted:
+        if not call.fits:
             reply.set_exception(
                 NotTrainableError(
                     f"{self._name} reported to Ray Tune, or returned, without having trained by hops: a function that "

@@ -48,6 +48,7 @@ class Standing:
     """Where a trial was: its state's file, and what goes with it.
 
     config: what the state was trained under; None where it is not plain data.
+    fit: which of a function's fits it is of, from 1.
     """
 
     trial: str
@@ -58,6 +59,7 @@ class Standing:
     time_s: float
     index: int
     config: dict[str, Any] | None
+    fit: int = 0
 
 
 class Record:
@@ -90,8 +92,9 @@ class Record:
 
     def _check(self, wanted: Mapping[str, Any]) -> None:
         found = {key: json.loads(value) for key, value in self._database.execute("select * from about")}
-        if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
-            told = ", ".join(f"{key} was {found.get(key)!r} and is {wanted.get(key)!r}" for key in changed)
+        # An executor that has no data yet, which a function's first fit brings, says nothing of shards.
+        if changed := sorted(key for key in found.keys() & wanted.keys() if found[key] != wanted[key]):
+            told = ", ".join(f"{key} was {found[key]!r} and is {wanted[key]!r}" for key in changed)
             raise ConfigurationError(
                 f"The experiment in {self.folder.parent} cannot go on with this executor: {told}. Give it the executor "
                 "that it was begun with, or begin a new experiment."

@@ -60,6 +60,8 @@ class Rider:
     """Whether Ray has paused it between two reports: the next one waits until it is started again."""
     waiting: Callable[[], Result] | None = None
     """Makes the result that waits."""
+    fit: int = 0
+    """Which of a function's fits `hop` is of, from 1."""
     file: str | None = None
     """Where its state lies on disk, as of its last report."""
     back: Standing | None = None

@@ -264,7 +264,7 @@ class Riders:
     def _snapshot(self, rider: Rider, hop: str) -> Snapshot:
         if rider.file is not None:
             self._kept[rider.file] += 1
-        snapshot = Snapshot(rider.iteration, rider.time_s, rider.file)
+        snapshot = Snapshot(rider.iteration, rider.time_s, rider.file, rider.fit)
         return snapshot.hold(self._keep(hop), self._let_go)
 
     def _stand(self, rider: Rider, config: Config) -> None:
@@ -276,7 +276,7 @@ class Riders:
         self.run.save(rider.hop, path)
         assert rider.index is not None, "it runs"
         place = units, visited, rider.iteration, rider.time_s, rider.index
-        self.record.stand(Standing(trial, path.name, *place, plain_config(config)))
+        self.record.stand(Standing(trial, path.name, *place, plain_config(config), rider.fit))
         if rider.file is not None:
             self._spend(rider.file)
         rider.file = path.name

@@ -27,14 +27,14 @@ class Snapshot(Checkpoint):
     standing: Standing | None = None
     _watch: weakref.finalize[Any, Any] | None = None
 
-    def __init__(self, iteration: int, time_s: float, file: str | None) -> None:
+    def __init__(self, iteration: int, time_s: float, file: str | None, fit: int = 0) -> None:
         super().__init__("snapshot", LocalFileSystem())
-        self.iteration, self.time_s, self._file = iteration, time_s, file
+        self.iteration, self.time_s, self._file, self.fit = iteration, time_s, file, fit
 
     @classmethod
     def of(cls, standing: Standing) -> Snapshot:
         """Where a trial stood in a run that is over."""
-        snapshot = cls(standing.iteration, standing.time_s, standing.file)
+        snapshot = cls(standing.iteration, standing.time_s, standing.file, standing.fit)
         snapshot.standing = standing
         return snapshot
 

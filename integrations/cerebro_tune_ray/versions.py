@@ -1,9 +1,9 @@
 """Which Ray this package knows from the inside: what is used of it beyond its public face, and the tested range.
 
-`controller` takes the place of Ray's controller and of its session, `snapshot` of its checkpoints; `restoring` makes
-trials again, `classes` makes class-API trainables outside of an actor. What `schedulers` reads of each scheduler is
-looked at there. All else is looked up here, once per process, by name and parameters, so that a Ray that is built
-otherwise is refused in a sentence, not found out in mid-search.
+`controller` takes the place of Ray's controller, `hosting` puts it there, and a session; `snapshot` takes that of its
+checkpoints; `restoring` makes trials again, `classes` makes class-API trainables outside of an actor. What `schedulers`
+reads of each scheduler is looked at there. All else is looked up here, once per process, by name and parameters, so
+that a Ray that is built otherwise is refused in a sentence, not found out in mid-search.
 """
 
 from __future__ import annotations
