@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import nets
 from cerebro_tune import Cerebro, current_shard
-from cerebro_tune.errors import ConfigurationError, NotTrainableError
+from cerebro_tune.errors import ConfigurationError, NotTrainableError, UnknownMetricError
 from cerebro_tune_ray import PromotionASHA, tune
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -421,6 +421,15 @@ def test_what_cannot_be_trained_is_refused_by_name(asked: dict[str, Any], execut
     with pytest.raises(ConfigurationError, match="no current shard"):
         current_shard()
     assert executor.current is None
+
+
+def test_a_metric_of_epochs_ends_wants_a_report_per_epoch(options: dict[str, Any], asked: dict[str, Any]) -> None:
+    asked |= {"metric": "at_the_end", "config": {"lr": 0.1}}
+    with pytest.raises(UnknownMetricError, match=r"Cerebro\(report_every='epoch'\)"):
+        tune.run(nets.AtEpochsEnd, **asked)
+    with Cerebro(**options | {"report_every": "epoch"}) as executor:
+        (trial,) = tune.run(nets.AtEpochsEnd, **asked | {"executor": executor}).trials
+    assert trial.last_result["at_the_end"] == 1
 
 
 def test_lengths_below_an_epoch_are_told_once(asked: dict[str, Any]) -> None:

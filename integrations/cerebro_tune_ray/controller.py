@@ -26,7 +26,7 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialScheduler
 
-from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError
+from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError, UnknownMetricError
 from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
@@ -278,6 +278,14 @@ class HopController(TuneController):
         """A trial reports: Ray decides, and may start others at once."""
         self._on_training_result(trial, result)
         self._maybe_add_actors()
+
+    def _validate_result_metrics(self, result: Result) -> None:
+        try:
+            super()._validate_result_metrics(result)
+        except ValueError as error:
+            raise UnknownMetricError(
+                f"{error}\nIf it is there only when an epoch ends, report once an epoch: Cerebro(report_every='epoch')."
+            ) from error
 
     def failed(self, trial: Trial, error: str) -> None:
         """A trial cannot go on: Ray notes it, and may want it tried again."""

@@ -36,6 +36,7 @@ _USED: dict[str, tuple[str, ...]] = {
     f"{_CONTROLLER}._schedule_trial_train": ("trial",),
     f"{_CONTROLLER}._set_trial_status": ("trial", "status"),
     f"{_CONTROLLER}._trial_task_failure": ("trial", "exception"),
+    f"{_CONTROLLER}._validate_result_metrics": ("result",),
     f"{_CONTROLLER}._wrapped": (),
     f"{_CONTROLLER}.resume": ("resume_config",),
     f"{_CONTROLLER}.save_to_dir": (),
