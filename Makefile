@@ -25,6 +25,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/hops.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/lightning_overhead.py
+	$(BIN)/python benchmarks/ray_tune.py
 	$(BIN)/python benchmarks/optuna_study.py
 
 # The property tests and the fault tests again, with far more examples.
