@@ -288,7 +288,7 @@ def test_pb2_and_bohb_and_a_replay(options: dict[str, Any], tmp_path: Path) -> N
     asked = {"metric": "val_loss", "mode": "min", "verbose": 0, "storage_path": str(tmp_path / "ray")}
     space = {"lr": tune.uniform(0.01, 1.0)}
     with Cerebro(**options | {"epochs": 3}) as executor:
-        bounded = PB2(**BY_UNITS, perturbation_interval=4, hyperparam_bounds={"lr": [0.01, 1.0]})
+        bounded = PB2(**BY_UNITS, perturbation_interval=2, quantile_fraction=0.5, hyperparam_bounds={"lr": [0.01, 1.0]})
         pb2 = tune.run(Rated, config=space, num_samples=4, name="pb2", scheduler=bounded, executor=executor, **asked)
         assert [trial.last_result["training_iteration"] for trial in pb2.trials] == [12] * 4
         bohb = tune.run(
