@@ -19,6 +19,7 @@ from ray.tune.search.hyperopt import HyperOptSearch
 from ray.tune.search.optuna import OptunaSearch
 from safetensors.torch import load_file
 
+import lightning_nets
 import nets
 from cerebro_tune import Cerebro, current_shard
 from cerebro_tune.errors import ConfigurationError, NotTrainableError, UnknownMetricError
@@ -439,7 +440,6 @@ def test_lengths_below_an_epoch_are_told_once(asked: dict[str, Any]) -> None:
 
 
 def test_a_config_that_the_model_refuses_fails_its_trial(asked: dict[str, Any]) -> None:
-    lightning_nets = pytest.importorskip("lightning_nets")
     analysis = tune.run(
         lightning_nets.Momentum,
         config={"lr": 0.1, "depth": tune.grid_search([1, 2])},
