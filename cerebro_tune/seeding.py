@@ -13,10 +13,15 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import xxhash
 
+Streams = tuple[Any, Any, Any]
+_STREAMS = RLock()
+"""The generators are everybody's: threads that want them to stand somewhere take turns."""
 _BUILD, _UNIT, _VALIDATION, _DATA, _ROW, _BATCHES, _COLLATE = range(7)
 
 
@@ -80,16 +85,57 @@ def seed_batches(run_seed: int, epoch: int, shard: int) -> None:
 
 @contextmanager
 def kept_streams() -> Iterator[None]:
-    """Put the generators of Python, NumPy and torch (on the CPU) back as they were before."""
+    """Put the generators of Python, NumPy and torch (on the CPU) back as they were before; one thread at a time."""
+    with _STREAMS:
+        before = _streams()
+        try:
+            yield
+        finally:
+            _exchange(before)
+
+
+class OwnStreams:
+    """A thread's own streams: the process's generators stand at them while they are entered, by one thread at a time.
+
+    A call of a user's function that is one of several at once enters them, and draws as if it had a process of its own.
+    """
+
+    def __init__(self, run_seed: int, trial_index: int) -> None:
+        with kept_streams():
+            seed_build(run_seed, trial_index)
+            self._own = _streams()
+
+    def __enter__(self) -> None:
+        _STREAMS.acquire()
+        self._others = _exchange(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = _exchange(self._others)
+        _STREAMS.release()
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Let other threads have the generators meanwhile."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+def _streams() -> Streams:
     torch = sys.modules.get("torch")
-    kept = random.getstate(), np.random.get_state(), None if torch is None else torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        if torch is not None:
-            torch.set_rng_state(kept[2])
+    return random.getstate(), np.random.get_state(), None if torch is None else torch.get_rng_state()
+
+
+def _exchange(streams: Streams) -> Streams:
+    """Have the generators go on from there; returns where they were."""
+    before = _streams()
+    random.setstate(streams[0])
+    np.random.set_state(streams[1])
+    if streams[2] is not None:
+        sys.modules["torch"].set_rng_state(streams[2])
+    return before
 
 
 @contextmanager

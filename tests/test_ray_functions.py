@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray.tune
 import torch
@@ -14,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
 import lightning_nets
 from cerebro_tune import Cerebro
+from cerebro_tune.seeding import OwnStreams
 from cerebro_tune_lightning import HopStrategy
 from cerebro_tune_ray import PromotionASHA, tune
 from test_hop_strategy import loaders
@@ -28,10 +31,6 @@ QUIET = {
     "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False,
     "enable_checkpointing": False,
 }  # fmt: skip
-
-
-BUILDING = threading.Lock()
-"""Calls share the generator that a module's first weights are drawn from."""
 
 
 @pytest.fixture
@@ -51,9 +50,9 @@ def asked(tmp_path: Path, executor: Cerebro, monkeypatch: pytest.MonkeyPatch) ->
 def fit(config: dict[str, Any], epochs: int = 2, **kwargs: Any) -> Any:
     """What a user's function does first."""
     trainer = pl.Trainer(strategy=HopStrategy(), max_epochs=epochs, **QUIET | kwargs)
-    with BUILDING:
-        torch.manual_seed(0)
-        module = lightning_nets.Momentum(config["lr"])
+    torch.manual_seed(0)
+    time.sleep(0.01)  # so that another call would draw in between, if it could
+    module = lightning_nets.Momentum(config["lr"])
     trainer.fit(module, *loaders())
     return trainer, module
 
@@ -86,6 +85,36 @@ def test_units_are_reports_and_the_module_comes_back_trained(asked: dict[str, An
                 trainer = pl.Trainer(strategy=HopStrategy(other), max_epochs=2, **QUIET)
                 trainer.fit(alone, *loaders())
             assert all(torch.equal(value, trained[name]) for name, value in alone.state_dict().items())
+
+
+def test_each_call_draws_as_a_process_of_its_own_would(asked: dict[str, Any]) -> None:
+    drawn: dict[float, list[float]] = {}
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def train(config: dict[str, Any]) -> None:
+        mine = [draw()]
+        time.sleep(0.02)
+        mine.append(draw())
+        fit(config, epochs=1)
+        mine.append(draw())
+        time.sleep(0.02)
+        drawn[config["lr"]] = [*mine, draw()]
+
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    rates = [0.1, 0.2, 0.3, 0.4]
+    tune.run(train, config={"lr": tune.grid_search(rates)}, **asked)
+    after = draw()
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    assert after[2] == draw()[2]  # Ray itself may draw from the other two
+    for index, rate in enumerate(rates):
+        streams = OwnStreams(0, index)
+        with streams:
+            assert drawn[rate][:2] == [draw(), draw()]
+            torch.manual_seed(0)
+            lightning_nets.Momentum(rate)
+            assert [draws[2] for draws in drawn[rate][2:]] == [draw()[2], draw()[2]]
 
 
 @pytest.mark.parametrize("how", ["returned", "yielded"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import selectors
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-
+from cerebro_tune.seeding import kept_streams
 from cerebro_tune.units import WorkerId
 from cerebro_tune.workers.base import Grow, WakePipe, Workers
 from cerebro_tune.workers.messages import Exit, Forget, Joined, Message, Order, Ready, Rest, Setup, Task
@@ -88,13 +86,11 @@ def _borrowed_process(threads: int) -> Iterator[None]:
     """Give the caller its random streams and thread count back after a unit."""
     import torch
 
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        yield
+        with kept_streams():
+            yield
     finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
-        torch.set_num_threads(kept[3])
+        torch.set_num_threads(before)
         sys.stdout.flush()

@@ -43,7 +43,7 @@ class HandBack:
     def set_up(self, seed: int) -> None:
         """Set the user's own DataModule up, seeded as in the workers: a random split is the same."""
         if (datamodule := self._given.get("datamodule")) is not None:
-            with _ONE_AT_A_TIME, kept_streams():
+            with kept_streams(), _ONE_AT_A_TIME:
                 seed_data(seed)
                 datamodule.setup(stage="fit")
 
@@ -86,7 +86,7 @@ class HandBack:
         """Let the Trainer know the loaders of the fit, as one that has read them, and end the DataModule's part."""
         fit = self.trainer.fit_loop
         validation, datamodule = fit.epoch_loop.val_loop, self._given.get("datamodule")
-        with _ONE_AT_A_TIME, kept_streams(), quiet():
+        with kept_streams(), _ONE_AT_A_TIME, quiet():
             self._show(fit, "training_step", "max_size_cycle")
             self._show(validation, "validation_step", "sequential")
             if validation._combined_loader is not None:

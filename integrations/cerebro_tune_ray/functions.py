@@ -3,6 +3,9 @@
 A unit of the fit is a report to Ray, and so is what the function itself reports with `ray.tune.report`. While Ray has
 the trial paused, the call that is on (`fit` or `report`) does not return; when Ray stops it in a fit, `fit` returns as
 if `trainer.should_stop` had been set, and whatever the function asks for after that ends it.
+
+Calls take turns: between two of `fit` and `report` one has the process's random generators to itself, seeded for its
+trial, so that what it seeds and draws is what a process of its own would.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from ray.tune.result import RESULT_DUPLICATE, SHOULD_CHECKPOINT
 from cerebro_tune.errors import CerebroError, NotTrainableError
 from cerebro_tune.results import TrialResult
 from cerebro_tune.seat import Seat, seated
+from cerebro_tune.seeding import OwnStreams
 from cerebro_tune.sharedrun import TakeState
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
@@ -51,7 +55,7 @@ class Call(Seat):
     loaded_checkpoint = None
     """A trial that goes on from a state has it already when its Trainer fits."""
 
-    def __init__(self, riders: FunctionRiders, trial: Trial, begin: Snapshot | None) -> None:
+    def __init__(self, riders: FunctionRiders, trial: Trial, index: int, begin: Snapshot | None) -> None:
         self.executor, self._riders, self.trial = riders.executor, riders, trial
         self.begin = begin
         """The state that one of its fits goes on from."""
@@ -59,11 +63,12 @@ class Call(Seat):
         """How many it has asked for."""
         self.renamed: dict[str, str] = {}
         """Metrics that a callback was to report to Ray by another name: theirs, by Ray's."""
+        self._streams = OwnStreams(riders.executor.seed, index)
         self.thread = Thread(target=self._run, name=f"cerebro-{trial.trial_id}", daemon=True)
 
     def _run(self) -> None:
         try:
-            with seated(self):
+            with seated(self), self._streams:
                 self._riders.function(dict(self.trial.config))
         except CallOver:
             return
@@ -118,7 +123,8 @@ class Call(Seat):
     def _ask(self, call: Callable[[Future[Any]], None]) -> Any:
         reply: Future[Any] = Future()
         self._riders.post(lambda: call(reply))
-        return reply.result()
+        with self._streams.left():
+            return reply.result()
 
 
 class FunctionRiders(Riders):
@@ -292,7 +298,7 @@ class FunctionRiders(Riders):
             begin, rider.back = Snapshot.of(rider.back), None
         if rider.index is None:
             rider.index = self.next_index()
-        call = Call(self, trial, begin)
+        call = Call(self, trial, rider.index, begin)
         self._calls[trial.trial_id] = call
         self._threads = [*(thread for thread in self._threads if thread.is_alive()), call.thread]
         call.thread.start()
