@@ -72,8 +72,12 @@ class Looped(ray.tune.Trainable):
 
     def setup(self, config: dict[str, Any], data: Data) -> None:
         self.train_data, self.validation_data = data
-        self.net = cnn(config["width"], config["dropout"])
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=config["lr"])
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.net = cnn(new_config["width"], new_config["dropout"])
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=new_config["lr"])
+        return True
 
     def step(self) -> dict[str, float]:
         self.net.train()
@@ -85,10 +89,6 @@ class Looped(ray.tune.Trainable):
         with torch.no_grad():
             right = [(self.net(i[:, None] / 255).argmax(1) == d).sum() for i, d in Gathered(*self.validation_data)]
         return {"val_accuracy": float(sum(right)) / len(self.validation_data[1])}
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.setup(new_config, (self.train_data, self.validation_data))
-        return True
 
 
 class Gathered:
