@@ -11,19 +11,24 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, PopulationBasedTraining
 from ray.tune.search.optuna import OptunaSearch
 
+import lightning_nets
 import nets
 from cerebro_tune import Cerebro, ShardedDataset
+from cerebro_tune_lightning import HopStrategy
 from cerebro_tune_ray import PromotionASHA, tune
 
 SAMPLES = 6
-DYING = "RAY_SESSION" in os.environ
-"""Whether this is the process that is to die; the search that is restored has the same callbacks."""
+KILL_AT, KILL_AFTER = int(os.environ.get("KILL_AT", "0")), "KILL_AFTER" in os.environ
+"""Set in a process that is to die, at its so many-th result: the search that is restored has the same callbacks."""
 
 
 def scheduler(name: str) -> Any:
+    if name == "function":
+        return None
     if name == "asha":
         return ASHAScheduler(max_t=16, grace_period=4, reduction_factor=2)
     if name == "hyperband":
@@ -48,42 +53,71 @@ def executor(folder: Path, live: int) -> Cerebro:
     )  # fmt: skip
 
 
+def hopping(config: dict[str, Any]) -> None:
+    """A function trainable that fits, and then reports what it makes of the weights."""
+    module = lightning_nets.Momentum(config["lr"])
+    trainer = lightning_nets.pl.Trainer(
+        strategy=HopStrategy(), max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    with torch.no_grad():
+        total = float(sum(weights.sum() for weights in module.parameters()))
+    tune.report({"val_loss": total, "step": trainer.global_step})
+
+
+def trainable(name: str) -> Any:
+    return hopping if name == "function" else nets.Deep
+
+
 class Watch(tune.Callback):
     """Writes every result down, and kills the process at the n-th: before what was decided is carried out, or after."""
 
-    def __init__(self, log: Path, kill_at: int = 0, after: bool = False) -> None:
-        self.log, self.kill_at, self.after, self.count = log, kill_at, after, 0
+    def __init__(self, log: Path) -> None:
+        self.log = log
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-        self.count += 1
         with self.log.open("a") as file:
             lr = result["config"]["lr"]
             file.write(f"{trial.trial_id} {result['training_iteration']} {lr!r} {result['val_loss']!r}\n")
-        if self.count == self.kill_at and not self.after and DYING:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if not KILL_AFTER:
+            self.die_if_due()
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        if self.kill_at and self.count >= self.kill_at and DYING:
+        self.die_if_due()
+
+    def die_if_due(self) -> None:
+        if KILL_AT and self.log.exists() and len(self.log.read_text().splitlines()) >= KILL_AT:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def search(name: str, folder: Path, cerebro: Cerebro, watch: Watch) -> Any:
+def search(name: str, folder: Path, cerebro: Cerebro) -> Any:
     random.seed(5)
     np.random.seed(5)
     tuner = tune.Tuner(
-        nets.Deep, param_space={"lr": tune.loguniform(1e-3, 0.3)},
+        trainable(name), param_space={"lr": tune.loguniform(1e-3, 0.3)},
         tune_config=tune.TuneConfig(
             num_samples=SAMPLES, metric="val_loss", mode="min", scheduler=scheduler(name), search_alg=searcher(name)
         ),
-        run_config=tune.RunConfig(storage_path=str(folder / "ray"), name="search", verbose=0, callbacks=[watch]),
+        run_config=tune.RunConfig(
+            storage_path=str(folder / "ray"), name="search", verbose=0, callbacks=[Watch(folder / "log")]
+        ),
         executor=cerebro,
     )  # fmt: skip
     return tuner.fit()
 
 
+def restore(name: str, folder: Path, cerebro: Cerebro) -> Any:
+    return tune.Tuner.restore(str(folder / "ray" / "search"), trainable(name), executor=cerebro).fit()
+
+
 def main() -> None:
-    """The driver that dies."""
-    what, where, lives, moment, how = sys.argv[1:]
+    """The driver that dies; one that is started where another has died takes the search up."""
+    name, where, live = sys.argv[1:]
+    folder = Path(where)
     ray.init(address=os.environ["RAY_SESSION"], logging_level="ERROR", log_to_driver=False)
-    with executor(Path(where), int(lives)) as dying:
-        search(what, Path(where), dying, Watch(Path(where, "log"), int(moment), how == "after"))
+    with executor(folder, int(live)) as dying:
+        if (folder / "log").exists():
+            restore(name, folder, dying)
+        else:
+            search(name, folder, dying)

@@ -32,18 +32,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kill(name: str, folder: Path, live: int, moment: int, how: str) -> None:
-    """Run a search in a process that is killed at its n-th result."""
+    """Run a search, or take it up, in a process that is killed at the n-th result of all."""
     # Imported, not run as a script, so that its classes are those of this process too when the search is restored.
     script = "import ray_searches; ray_searches.main()"
-    command = [sys.executable, "-c", script, name, str(folder), str(live), str(moment), how]
+    command = [sys.executable, "-c", script, name, str(folder), str(live)]
     session = {"RAY_SESSION": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(Path(__file__).parent)}
-    environment = {**os.environ, **session}
+    death = {"KILL_AT": str(moment)} | ({"KILL_AFTER": "1"} if how == "after" else {})
+    environment = {**os.environ, **session, **death}
     died = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
-
-
-def restore(folder: Path, cerebro: Cerebro) -> Any:
-    return tune.Tuner.restore(str(folder / "ray" / "search"), nets.Deep, executor=cerebro).fit()
 
 
 def told(log: Path) -> list[list[str]]:
@@ -58,6 +55,7 @@ def told(log: Path) -> list[list[str]]:
     [
         ("asha", 14, "before", False), ("hyperband", 25, "after", False), ("promotion", 19, "before", False),
         ("pbt", 51, "after", False), ("pbt", 61, "before", True), ("asha", 27, "after", True),
+        ("function", 4, "before", False), ("function", 17, "after", True), ("function", 18, "before", False),
     ],
 )  # fmt: skip
 def test_every_result_is_that_of_the_undisturbed_search(
@@ -70,11 +68,11 @@ def test_every_result_is_that_of_the_undisturbed_search(
     for data in ("train", "validation"):
         shutil.copytree(folder / data, whole / data)
     with ray_searches.executor(whole, 1) as cerebro:
-        expected = ray_searches.search(name, whole, cerebro, ray_searches.Watch(whole / "log"))
+        expected = ray_searches.search(name, whole, cerebro)
     kill(name, folder, 1, moment, how)
     assert moment <= len(told(folder / "log")) < len(told(whole / "log")) - 5
     with ray_searches.executor(folder, 1) as cerebro:
-        grid = restore(folder, cerebro)
+        grid = ray_searches.restore(name, folder, cerebro)
     assert told(folder / "log") == told(whole / "log")
     assert grid.num_errors == 0
     assert len(grid) == len(expected) == ray_searches.SAMPLES
@@ -82,13 +80,14 @@ def test_every_result_is_that_of_the_undisturbed_search(
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize(("name", "moments"), [("pbt", (20, 30)), ("promotion", (9, 17))])
+@pytest.mark.parametrize(("name", "moments"), [("pbt", (20, 30)), ("promotion", (9, 17)), ("function", (1, 30))])
 def test_trials_side_by_side_go_on_from_their_last_unit_after_each_death(
     folder: Path, name: str, moments: tuple[int, int]
 ) -> None:
     kill(name, folder, 3, moments[0], "after")
+    kill(name, folder, 3, moments[1], "before")
     with ray_searches.executor(folder, 3) as cerebro:
-        grid = restore(folder, cerebro)
+        grid = ray_searches.restore(name, folder, cerebro)
     assert grid.num_errors == 0
     rows = [row[:2] for row in told(folder / "log")]
     assert len({row[0] for row in rows}) == ray_searches.SAMPLES
@@ -104,10 +103,10 @@ def test_it_resumes_only_what_it_was(folder: Path) -> None:
     with ray_searches.executor(folder, 1) as cerebro:
         cerebro.seed = 9
         with pytest.raises(ConfigurationError, match="seed was 0 and is 9"):
-            restore(folder, cerebro)
+            ray_searches.restore("asha", folder, cerebro)
     shutil.rmtree(folder / "ray" / "search" / "cerebro")
     with ray_searches.executor(folder, 1) as cerebro, pytest.raises(ConfigurationError, match="has no record of its"):
-        restore(folder, cerebro)
+        ray_searches.restore("asha", folder, cerebro)
 
 
 def tuner(folder: Path, cerebro: Cerebro, trainable: Any, config: dict[str, Any], **tuning: Any) -> Any:

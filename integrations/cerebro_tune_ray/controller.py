@@ -32,7 +32,7 @@ from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.record import FOLDER, Record, Standing
 from cerebro_tune_ray.recorded import Recorded
-from cerebro_tune_ray.restoring import check_resume, latest, rehearse, tell_searcher
+from cerebro_tune_ray.restoring import check_resume, latest, rehearse, reports_since, tell_searcher
 from cerebro_tune_ray.rider import Result
 from cerebro_tune_ray.riders import Riders
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
@@ -126,7 +126,8 @@ class HopController(TuneController):
         ended = {trial for trial in self._trials if trial.is_finished()}
         known = {trial.trial_id: trial for trial in self._trials}
         calls, told = record.calls(), getattr(_innermost(self._search_alg), _MARK, 0)
-        self._riders.started = len({call.trial for call in calls if call.kind == "start"})
+        started = list(dict.fromkeys(call.trial for call in calls if call.kind == "start"))
+        self._riders.started = len(started)
         rehearsal = rehearse(self, self._told, record, known)
         tell_searcher(self._search_alg, calls[told:], {call.trial for call in calls[:told]})
         for trial in ended:
@@ -143,8 +144,10 @@ class HopController(TuneController):
             sets[trial.status].add(trial)
             if not trial.is_finished():
                 self._live_trials.add(trial)
-            if trial.status != Trial.TERMINATED and (standing := latest(record, trial)):
-                self._riders.put_back(trial, standing)
+            if trial.status != Trial.TERMINATED and trial.trial_id in started:
+                standing = latest(record, trial)
+                heard = reports_since(standing, trial, calls)
+                self._riders.put_back(trial, started.index(trial.trial_id), standing, heard)
             self._mark_trial_to_checkpoint(trial)  # Ray's state may not know it
         self._riders.record = record
         self._riders.clear_out(record.standings())

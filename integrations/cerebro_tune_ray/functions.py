@@ -219,6 +219,7 @@ class FunctionRiders(Riders):
                 hop = self.run.clone(begin.hop, config, rider.index)
             else:
                 hop = self._bring_back(begin.noted, config)
+                self.run.resume(hop)
         except CerebroError as error:
             reply.set_exception(error)
             return

@@ -83,12 +83,9 @@ class Record:
         self._due: list[Standing] = []
         self._gone: list[str] = []
         """States to let go of with the next note."""
-        self._names = count(self._number("states"))
-        self.count = self._number("calls")
+        self._names = count(1 + max(map(_number_of, self.folder.glob("*.safetensors")), default=0))
+        self.count = int(self._database.execute("select count(*) from calls").fetchone()[0])
         """Calls noted."""
-
-    def _number(self, table: str) -> int:
-        return int(self._database.execute(f"select coalesce(max(number), 0) from {table}").fetchone()[0])
 
     def _check(self, wanted: Mapping[str, Any]) -> None:
         found = {key: json.loads(value) for key, value in self._database.execute("select * from about")}
@@ -158,6 +155,11 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     except (TypeError, ValueError):
         return None
     return back if back == dict(config) else None
+
+
+def _number_of(file: Path) -> int:
+    """The number in the name that `Record.new_file` has given."""
+    return int(file.stem.rpartition("-")[2])
 
 
 def _plain(value: Any) -> Any:

@@ -201,6 +201,17 @@ def latest(record: Record, trial: Trial) -> Standing | None:
     return found[-1] if found else None
 
 
+def reports_since(standing: Standing | None, trial: Trial, calls: list[Call]) -> int:
+    """How many reports of the trial the scheduler has heard that its standing knows nothing of.
+
+    They are those of a function's last unit, which leaves no state to go on from, and of the function itself.
+    """
+    files = [call.told["file"] for call in calls if call.kind == "result" and call.trial == trial.trial_id]
+    if standing is None:
+        return len(files)
+    return len(files) - files.index(standing.file) - 1 if standing.file in files else 0
+
+
 @contextmanager
 def _next_id(name: str) -> Iterator[None]:
     """The next trial that is made has this id."""

@@ -66,6 +66,8 @@ class Rider:
     """Where its state lies on disk, as of its last report."""
     back: Standing | None = None
     """Where it stood in a run that is over, from which its next start brings it back."""
+    known: int = 0
+    """Reports to come that Ray has heard already, before the death of a driver: they are not told again."""
 
 
 def filled(rider: Rider, result: Result, elapsed_s: float) -> Result:

@@ -118,10 +118,14 @@ class Riders:
         self.started += 1
         return self.started - 1
 
-    def put_back(self, trial: Trial, standing: Standing) -> None:
-        """Have a trial of a run that is over go on from where it stood, when it is started."""
-        rider = self._riders[trial.trial_id] = Rider(trial, back=standing, index=standing.index, file=standing.file)
-        rider.iteration, rider.time_s = standing.iteration, standing.time_s
+    def put_back(self, trial: Trial, index: int, standing: Standing | None, known: int) -> None:
+        """Have a trial of a run that is over go on from where it stood, or from its beginning, when it is started.
+
+        `known` are the reports that Ray has heard of it since.
+        """
+        rider = self._riders[trial.trial_id] = Rider(trial, index=index, back=standing, known=known)
+        if standing is not None:
+            rider.file, rider.iteration, rider.time_s = standing.file, standing.iteration, standing.time_s
 
     def export(self, trial: Trial, folder: Path) -> None:
         """Write the trial's state as a checkpoint."""
@@ -320,6 +324,10 @@ class Riders:
 
     def _hear(self, rider: Rider, hop: str, make: Callable[[], Result]) -> Decision | None:
         """Hand Ray a result now, or, of a trial that Ray has paused, when it is started again."""
+        if rider.known:
+            rider.known -= 1
+            make()
+            return Decision.CONTINUE
         if rider.parked:
             rider.waiting = make
             return None
