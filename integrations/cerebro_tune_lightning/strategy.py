@@ -38,8 +38,9 @@ class HopStrategy:
     `current_epoch`, `global_step`, the state of callbacks, `checkpoint_callback.best_model_path`; `validate`, `test`
     and `predict` work as ever. Hooks and callbacks run in the workers, on copies. Fits of one executor in several
     threads advance side by side; a fit that the tuner pauses waits, one that it stops returns as if
-    `trainer.should_stop` had been set. Modules that are built in several threads draw their weights from one global
-    generator: seed where you build, or use the class forms, if runs are to repeat.
+    `trainer.should_stop` had been set. Modules that you build in threads of your own draw their weights from one global
+    generator: build them before, or use the class forms, if runs are to repeat. (Ray's function trainables have each
+    streams of their own.)
     """
 
     result: TrialResult | None = None
