@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.journal import NAME as JOURNAL
 from cerebro_tune.settings import whole_number
 from cerebro_tune.trainable import Config
 
@@ -87,6 +88,23 @@ def new_folder(base: Path | None, name: str) -> Path:
             number += 1
         else:
             return folder.absolute()
+
+
+def run_folder(base: Path | None, name: str, number: int, resume: str) -> Path:
+    """The folder of the run that is number `number` of an executor's, which may be there from another time."""
+    if base is None or resume == "never":
+        if resume == "must":
+            raise ConfigurationError("resume='must' needs the run_dir that the run was begun with.")
+        return new_folder(base, name)
+    folder = (base / f"run-{number:04d}").absolute()
+    if resume == "must" and not (folder / JOURNAL).exists():
+        raise ConfigurationError(f"resume='must', and there is no run in {folder}; resume='auto' begins one.")
+    if folder.exists() and not (folder / JOURNAL).exists():
+        raise ConfigurationError(
+            f"{folder} is of a run that cannot be taken up: give another run_dir, or resume='never' for one beside it."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def at_least(least: int, **named: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,10 +41,12 @@ class TrialPage:
     """Of its checkpoints."""
     brought: Brought | None = None
     """Until the trial has ended: it may hold the weights of an instance."""
+    source: str | None = None
+    """The trial that a clone goes on from."""
     inherited: int = 0
     """Units that a clone's source had done."""
-    trained_under: bytes | None = None
-    """The shipped config that the committed state was trained under, while it differs from `shipped`."""
+    born_under: bytes | None = None
+    """The shipped config that a clone's source was trained under, where it differs from `shipped`."""
     visits: list[tuple[int, int, str]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     latest: Finished | None = None
@@ -65,6 +68,11 @@ class TrialPage:
         return self.inherited + len(self.visits)
 
     @property
+    def trained_under(self) -> bytes | None:
+        """The shipped config that the committed state was trained under, while it differs from `shipped`."""
+        return None if self.visits else self.born_under
+
+    @property
     def last(self) -> dict[str, Any]:
         """The last report; empty before the first."""
         return self.history[-1] if self.history else {}
@@ -72,7 +80,6 @@ class TrialPage:
     def committed(self, finished: Finished) -> None:
         """Note a unit whose state is committed."""
         self.latest = finished
-        self.trained_under = None
         self.visits.append((finished.unit.epoch, finished.unit.shard, str(finished.worker)))
         spans = finished.spans
         self.seconds["compute"] += spans.compute_s + spans.build_s
@@ -149,6 +156,12 @@ class TrialBook:
         shipped = ship(model_config, f"The config {chosen}")
         return TrialPage(trial, chosen, shipped, ours["batch_size"], recipe.suffix, brought)
 
+    def inherit(self, page: TrialPage, source: TrialPage) -> None:
+        """Note that a trial goes on from the committed state of another."""
+        page.source, page.inherited = source.trial.id, source.units
+        before = source.trained_under or source.shipped
+        page.born_under = before if before != page.shipped else None
+
     def add(self, page: TrialPage) -> None:
         """Put a page into the book."""
         self._pages[page.trial.id] = page
@@ -211,7 +224,8 @@ class TrialBook:
                 page.best = report
         if page.latest.best_written:
             page.checkpoint = self.path(page, "best")
-            os.replace(self._staged(page, page.units), page.checkpoint)
+            with contextlib.suppress(FileNotFoundError):  # noted once more after a coordinator's death: it is in place
+                os.replace(self._staged(page, page.units), page.checkpoint)
         if due.last and self.keep != "none":
             page.last_checkpoint = self.path(page, "best" if page.latest.best_written else "last")
 

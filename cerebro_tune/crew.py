@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from cerebro_tune.errors import WorkerError
@@ -16,6 +18,8 @@ from cerebro_tune.workers.messages import Forget, Lost, Message, Ready, Rest, Se
 if TYPE_CHECKING:
     from cerebro_tune.run import Run
 
+_LEAST_DEADLINE_S, _SLOWER_THAN_ANY = 30.0, 5.0
+"""A unit that takes longer than this, and so many times longer than the slowest one yet, hangs."""
 _FUTILE_STARTS = 3
 """A worker that dies this often in a row before it is ready will not come up at all."""
 
@@ -27,6 +31,9 @@ class Crew:
         self._workers, self._settings = workers, settings
         self.ids = workers.ids
         self.running: dict[WorkerId, Unit] = {}
+        self._given_s: dict[WorkerId, float] = {}
+        self._slowest_s: float | None = None
+        """Of the units that ended so far."""
         self.unready: set[WorkerId] = set()
         """Workers that were told of the run and have not answered."""
         self.late: set[WorkerId] = set()
@@ -39,6 +46,41 @@ class Crew:
     def wait(self, timeout_s: float | None = None) -> list[Message]:
         """What the workers say next; nothing when the time has passed."""
         return self._workers.wait(timeout_s)
+
+    def ended(self, worker: WorkerId, whole: bool = True) -> Unit | None:
+        """The unit that a worker ran; `whole` says that it came to its end, and not the worker to his."""
+        took_s = monotonic() - self._given_s.pop(worker, monotonic())
+        if whole:
+            self._slowest_s = max(took_s, self._slowest_s or 0.0)
+        return self.running.pop(worker, None)
+
+    def silent(self) -> list[Lost]:
+        """Workers that run a unit for longer than can be explained: they hang, or were stopped."""
+        limit_s = self._limit_s
+        now = monotonic()
+        return [
+            Lost(
+                worker,
+                f"a unit of its has not ended in {now - given_s:.0f} s, and {limit_s:.0f} s are allowed",
+            )
+            for worker, given_s in self._given_s.items()
+            if now - given_s > limit_s
+        ]
+
+    @property
+    def patience_s(self) -> float | None:
+        """Seconds until `silent` may have somebody to tell of; None where nobody can hang."""
+        if not self._given_s or self._limit_s == inf:
+            return None
+        return max(0.0, min(self._given_s.values()) + self._limit_s - monotonic()) + 0.01
+
+    @property
+    def _limit_s(self) -> float:
+        if not self._workers.may_hang:
+            return inf
+        if self._settings.unit_deadline_s is not None:
+            return self._settings.unit_deadline_s
+        return inf if self._slowest_s is None else max(_LEAST_DEADLINE_S, _SLOWER_THAN_ANY * self._slowest_s)
 
     @property
     def awaited(self) -> Set[WorkerId]:
@@ -84,6 +126,7 @@ class Crew:
             self._forgotten[worker] = ([], [])
         for task in tasks:
             self.running[worker] = task.unit
+            self._given_s[worker] = monotonic()
             known, trial = self._configured[worker], task.unit.trial
             self._workers.send(worker, replace(task, config=None, recipe=None) if trial in known else task)
             known.add(trial)
@@ -102,6 +145,7 @@ class Crew:
             else:
                 self._workers.send(worker, Rest())
         self.running.clear()
+        self._given_s.clear()
         self.unready.clear()
 
 

@@ -63,6 +63,14 @@ class StateMemoryError(StateError, MemoryError):
     """There is no memory left for the states of the live trials."""
 
 
+class DamagedJournalError(CerebroError):
+    """The bytes of a run's journal are not those that were written."""
+
+
+class RunBusyError(CerebroError, RuntimeError):
+    """Another process has the run's folder in its hands."""
+
+
 class TrialFailedError(CerebroError, RuntimeError):
     """A trial that somebody waited for has failed; the message has its traceback."""
 

@@ -58,6 +58,11 @@ class WorkerStayedAway:
 
 
 @dataclass(frozen=True, slots=True)
+class RunResumed:
+    """The coordinator died, and another goes on in its place: all workers are gone, which is nobody's failure."""
+
+
+@dataclass(frozen=True, slots=True)
 class UnitFinished:
     """A worker trained one unit of its job to the end, in `elapsed_s` seconds."""
 
@@ -95,6 +100,7 @@ Event: TypeAlias = (
     | WorkerJoined
     | WorkerLost
     | WorkerStayedAway
+    | RunResumed
     | UnitFinished
     | UnitFailed
     | TrialDecided

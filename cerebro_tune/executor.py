@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +22,8 @@ from cerebro_tune.arguments import (
     check_rows,
     edited_since,
     listed,
-    new_folder,
     one_of,
+    run_folder,
 )
 from cerebro_tune.budget import state_budget
 from cerebro_tune.crew import Grower
@@ -30,9 +32,13 @@ from cerebro_tune.data.index import IndexedDataset
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.feed import Feed
 from cerebro_tune.given import GivenData, take
+from cerebro_tune.journal import LOCK, Journal, read_journal
+from cerebro_tune.journal import NAME as JOURNAL
 from cerebro_tune.loading import check_keys
+from cerebro_tune.manifest import about_run, as_before, check_same, environment, manifest_of, open_run, refusal
 from cerebro_tune.policy import Policy
 from cerebro_tune.progress import make_progress
+from cerebro_tune.recovery import Replayed
 from cerebro_tune.results import Results, TrialResult
 from cerebro_tune.run import Run
 from cerebro_tune.settings import RunSettings, TrainAll, Tuner
@@ -78,7 +84,13 @@ class Cerebro:
         keep: "best" (each trial's best and last checkpoint), "last" or "none".
         state_memory: Memory for the states of trials: "50%" of what there is, "8GB", or bytes.
         max_failures: How many workers may die in a trial's own units before it counts as failed.
-        run_dir: Where runs write, each into its own folder; None for `runs/`.
+        unit_deadline_s: Seconds after which a unit hangs, and its worker is replaced; None for five times the slowest
+            unit so far, and at least 30.
+        run_dir: Where runs write, each into its own folder; None for `runs/<time>-<name>`, which nobody takes up.
+        resume: What `fit` does with the folder that an earlier run of this `run_dir` has left: "auto" goes on where
+            that ended, or returns its results, and is refused where that run was of something else; "never" begins a
+            new one beside it; "must" does not begin one.
+        durable_every: Units of a trial between two states on disk, from which a run goes on; None for one epoch.
         seed: Of everything random in a run.
         progress: None for what suits the terminal, notebook or pipe; False for silence.
         trace: Write `trace.json`, in the Chrome trace event format, into the run's folder.
@@ -109,7 +121,10 @@ class Cerebro:
         keep: str = "best",
         state_memory: str | int = "50%",
         max_failures: int = 2,
+        unit_deadline_s: float | None = None,
         run_dir: str | os.PathLike[str] | None = None,
+        resume: str = "auto",
+        durable_every: int | None = None,
         seed: int = 0,
         progress: bool | None = None,
         trace: bool = False,
@@ -131,7 +146,13 @@ class Cerebro:
         self.keep = one_of(keep=keep, valid=("best", "last", "none"))
         self.state_memory_bytes = state_budget(state_memory)
         self.max_failures = at_least(0, max_failures=max_failures)
+        if unit_deadline_s is not None and not unit_deadline_s > 0:
+            raise ConfigurationError(f"unit_deadline_s is {unit_deadline_s!r}; it must be a number of seconds above 0.")
+        self._unit_deadline_s = unit_deadline_s
         self.run_dir = None if run_dir is None else Path(run_dir)
+        self.resume = one_of(resume=resume, valid=("auto", "never", "must"))
+        self._durable_every = None if durable_every is None else at_least(1, durable_every=durable_every)
+        self._runs = 0
         self._progress = progress
         self._workers: Workers | None = None
         self._current: Run | None = None
@@ -242,9 +263,9 @@ class Cerebro:
             raise ConfigurationError(
                 "configs is empty: there is nothing to train. Without hyperparameters leave it out."
             )
-        run = self.run(trainable, TrainAll(), metric=metric, mode=mode)
+        run = self.run(trainable, TrainAll(), metric=metric, mode=mode, configs=chosen)
         try:
-            for config in chosen:
+            for config in chosen[run.taken_up :]:
                 run.add(config)
             run.end_search()
         except BaseException:
@@ -290,11 +311,14 @@ class Cerebro:
         keep: str | None = None,
         policy: str | Policy | None = None,
         hosted: bool = False,
+        configs: Sequence[Config] | None = None,
     ) -> Run:
         """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it.
 
         `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it
         decides how many trials are live, shows progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
+        With `configs`, those of its first trials, it is one that a later call takes up, if this one died: it has the
+        trials then that it had.
         """
         if self._current is not None:
             raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")
@@ -306,17 +330,84 @@ class Cerebro:
             self.close()
         self.start()
         assert self._workers is not None, "started"
+        folder = run_folder(self.run_dir, recipe.name, self._runs, "never" if configs is None else self.resume)
+        if isinstance(self.train, IndexedDataset):
+            self.train.manifest.write(folder / DATA_FILE)
         settings = replace(
-            self._settings(self._workers, recipe, metric, mode),
+            self._settings(self._workers, recipe, metric, mode, folder),
             keep=keep or self.keep,
             policy=policy or self.policy,
             live_trials=None if hosted else self.live_trials,
         )
-        store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
-        progress = make_progress(False if hosted else self._progress)
-        run = Run(self._workers, store, recipe, settings, tuner, progress)
+        journal = None if hosted else Journal(settings.run_dir)
+        try:
+            run = self._run_of(settings, recipe, tuner, journal, configs)
+        except BaseException:
+            if journal is not None:
+                journal.close()
+            raise
+        self._runs += 1
         self._current = self._grower.run = run
         return run
+
+    def _run_of(
+        self,
+        settings: RunSettings,
+        recipe: Recipe,
+        tuner: Tuner,
+        journal: Journal | None,
+        configs: Sequence[Config] | None,
+    ) -> Run:
+        """The run, brought to where its journal ends if it has one already."""
+        assert self._workers is not None, "started"
+        progress = make_progress(False if journal is None else self._progress)
+        if journal is not None:
+            now = environment(self._workers.threads)
+            settings = open_run(journal, about_run(settings, recipe, self._fingerprints), now, settings)
+            if configs is not None:
+                settings = replace(settings, durable_every=self._durable_every or settings.shards)
+        store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
+        run = Run(self._workers, store, recipe, settings, tuner, progress, journal)
+        if journal is not None and configs is not None and journal.rows:
+            try:
+                run.take_up(configs)
+            except ConfigurationError as error:
+                raise refusal(settings.run_dir, [str(error)]) from error
+        return run
+
+    @property
+    def _fingerprints(self) -> dict[str, str]:
+        found = {"train": self.train.fingerprint}
+        return found if self.validation is None else found | {"validation": self.validation.fingerprint}
+
+    def replay(self, run_dir: str | os.PathLike[str], trainable: Any, trial: str) -> Replayed:
+        """Train one trial of a run again, alone, in its recorded order of visits, and compare the state of every unit.
+
+        The executor needs the sets, seed and settings of that run; ConfigurationError lists what differs. Nothing is
+        written, and nothing of the folder is executed.
+        """
+        if self._current is not None:
+            raise ConfigurationError("This executor has a run in progress; a replay needs an executor of its own.")
+        folder = Path(run_dir)
+        rows = read_journal(folder)
+        recipe = self.recipe(trainable)
+        self.start()
+        assert self._workers is not None, "started"
+        manifest = manifest_of(rows, folder)
+        before = manifest["about"]
+        with tempfile.TemporaryDirectory() as scratch:
+            settings = self._settings(self._workers, recipe, before["metric"], before["mode"], Path(scratch))
+            settings = replace(settings, keep=before["keep"])
+            check_same(before, about_run(settings, recipe, self._fingerprints), folder)
+            settings = as_before(settings, manifest)
+            store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
+            run = Run(self._workers, store, recipe, settings, TrainAll(), make_progress(False))
+            self._current = self._grower.run = run
+            try:
+                return run.replay(rows, trial)
+            finally:
+                run.close()
+                self._current = self._grower.run = None
 
     def drive(self, run: Run) -> Results:
         """Run to the end, on this thread."""
@@ -374,11 +465,10 @@ class Cerebro:
         run.close()
         self._current = self._grower.run = None
         folder = run.settings.run_dir
-        if not any(path.name != DATA_FILE for path in folder.iterdir()):
-            (folder / DATA_FILE).unlink(missing_ok=True)
-            folder.rmdir()
+        if not run.units and not run.taken_up and all(path.name in LEFT_BEHIND for path in folder.iterdir()):
+            shutil.rmtree(folder)
 
-    def _settings(self, workers: Workers, recipe: Recipe, metric: str | None, mode: str) -> RunSettings:
+    def _settings(self, workers: Workers, recipe: Recipe, metric: str | None, mode: str, folder: Path) -> RunSettings:
         spec = RunSpec(
             recipe=ship(recipe, f"{recipe.name}"),
             data=ship(self._given.for_run(recipe.loader), "The data set, or the loader's transform or collate_fn,"),
@@ -387,15 +477,13 @@ class Cerebro:
             seed=self.seed,
             shard_rows=tuple(self.train.rows(shard) for shard in range(self.train.num_shards)),
         )
-        folder = new_folder(self.run_dir, recipe.name)
-        if isinstance(self.train, IndexedDataset):
-            self.train.manifest.write(folder / DATA_FILE)
         return RunSettings(
             epochs=self.epochs,
             batch_size=self.batch_size,
             policy=self.policy,
             live_trials=self.live_trials,
             max_failures=self.max_failures,
+            unit_deadline_s=self._unit_deadline_s,
             pinned=workers.pinned(self.placement, self.train.num_shards),
             keep=self.keep,
             metric=metric,
@@ -408,3 +496,5 @@ class Cerebro:
 
 DATA_FILE = "data.json"
 """In a run's folder: what its index was made from, which must still be so when the run is taken up again."""
+LEFT_BEHIND = {DATA_FILE, JOURNAL, LOCK}
+"""What a run that has done nothing leaves there."""

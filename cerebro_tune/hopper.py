@@ -50,6 +50,7 @@ from typing import Any, NoReturn, cast
 from cerebro_tune.errors import ConfigurationError, IllegalEventError, InvariantError
 from cerebro_tune.events import (
     Event,
+    RunResumed,
     SearchEnded,
     TrialAdded,
     TrialCloned,
@@ -165,6 +166,7 @@ class Hopper:
             WorkerJoined: self._on_worker_joined,
             WorkerLost: self._on_worker_lost,
             WorkerStayedAway: self._on_worker_stayed_away,
+            RunResumed: self._on_run_resumed,
             UnitFinished: self._on_unit_ended,
             UnitFailed: self._on_unit_ended,
             TrialDecided: self._on_trial_decided,
@@ -232,14 +234,27 @@ class Hopper:
         if seat is None or not seat.present:
             _refuse(event, str(event.worker), "not here", "WorkerJoined")
         self._events += 1
+        self._lose(seat, event, out)
+        self._settle_down(out)
+
+    def _on_run_resumed(self, event: RunResumed, out: list[Instruction]) -> None:
+        self._events += 1
+        for _, seat in sorted(self._seats.items()):
+            if seat.present:
+                self._lose(seat, event, out)
+        self._settle_down(out)
+
+    def _lose(self, seat: Seat, event: WorkerLost | RunResumed, out: list[Instruction]) -> None:
+        """A worker is gone, and with it what it ran."""
+        number = seat.id.number
         seat.present = False
-        self._lost[event.worker.number] = seat.own
+        self._lost[number] = seat.own
         if not self._policy.logical:
-            del self._seats[event.worker.number]
-            self._idle.pop(event.worker.number, None)
+            del self._seats[number]
+            self._idle.pop(number, None)
         self._workers_changed()
         for record in self._records.values():
-            if record.state_at == event.worker:
+            if record.state_at == seat.id:
                 record.state_at = None
                 record.home = record.home if self._policy.logical else NOWHERE
         for early in [job for job in self._line if job.runner is seat]:
@@ -248,7 +263,6 @@ class Hopper:
             seat.running = None
             del self._jobs[job.number]
             self._take_back(job, event, out)
-        self._settle_down(out)
 
     def _on_worker_stayed_away(self, event: WorkerStayedAway, out: list[Instruction]) -> None:
         if event.worker.number not in self._lost:
@@ -401,11 +415,11 @@ class Hopper:
         if record.job is not None and record.status is not Status.READY:
             self._break_promise(record.job, record)
 
-    def _take_back(self, job: Job, event: WorkerLost, out: list[Instruction]) -> None:
+    def _take_back(self, job: Job, event: WorkerLost | RunResumed, out: list[Instruction]) -> None:
         """Return the units that died with their worker; under the logical clock they keep their place."""
         job.number = 0
         for record in [job.records[unit.trial] for unit in job.open]:
-            record.deaths += 1
+            record.deaths += isinstance(event, WorkerLost)
             if not self._policy.logical:
                 self._leave_job(record)
             if record.deaths > self._max_failures:
@@ -632,6 +646,11 @@ class Hopper:
     def state_at(self, trial: str) -> WorkerId | None:
         """Return the worker that committed the trial's state and has been here since."""
         return self._records[trial].state_at
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """The numbers of workers that were here and are lost."""
+        return frozenset(self._lost)
 
     def job_of(self, worker: WorkerId) -> int | None:
         """Return the number of the job that the worker runs."""

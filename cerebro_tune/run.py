@@ -10,8 +10,9 @@ short methods needs several of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +20,15 @@ from typing import Any, TypeVar
 from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
 from cerebro_tune.buffers import Mapped, copy
+from cerebro_tune.catchup import CatchUp
 from cerebro_tune.commands import CommandQueue
+from cerebro_tune.configtext import config_text, plain_config
 from cerebro_tune.crew import Crew
-from cerebro_tune.errors import ConfigurationError, StateMemoryError
+from cerebro_tune.durable import DurableStates
+from cerebro_tune.errors import ConfigurationError, DamagedStateError, StateMemoryError
 from cerebro_tune.events import (
     Event,
+    RunResumed,
     SearchEnded,
     TrialAdded,
     TrialCloned,
@@ -38,16 +43,31 @@ from cerebro_tune.events import (
 from cerebro_tune.exporter import Exporter
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
+from cerebro_tune.journal import Journal, Row
+from cerebro_tune.ledger import Ledger
 from cerebro_tune.policy import make_policy
 from cerebro_tune.progress import Progress, Snapshot, take_snapshot
+from cerebro_tune.recovery import (
+    DISPATCHED,
+    RELEASED,
+    SAVED,
+    WISHED,
+    Arrears,
+    Past,
+    Replayed,
+    finished_facts,
+    retell,
+    starts_plain,
+)
 from cerebro_tune.results import Results
 from cerebro_tune.settings import RunSettings, Tuner
 from cerebro_tune.store import BufferRef, StateStore
 from cerebro_tune.timeline import Timeline
 from cerebro_tune.trainable import Config, Recipe
-from cerebro_tune.units import Decision, Shard, Status, Unit
+from cerebro_tune.units import Decision, Shard, Status, Unit, WorkerId
 from cerebro_tune.workers.base import Workers
 from cerebro_tune.workers.messages import (
+    Export,
     Finished,
     Late,
     Lost,
@@ -72,8 +92,11 @@ class Run:
         settings: RunSettings,
         tuner: Tuner,
         progress: Progress,
+        journal: Journal | None = None,
     ) -> None:
         self.settings = settings
+        self._ledger = Ledger(journal, self._trouble, lambda: self._interrupted)
+        self._undispatched = False
         self._workers, self._store = workers, store
         self._crew = Crew(workers, settings)
         self._tuner, self._progress = tuner, progress
@@ -95,6 +118,13 @@ class Run:
         self._orders: deque[Instruction] = deque()
         self._results: dict[str, Finished] = {}
         """Of units that ended and are not committed."""
+        self._past: Past | None = None
+        """What came before, of a run that was taken up."""
+        self._durable: DurableStates | None = None
+        if journal is not None and settings.durable_every is not None:
+            self._durable = DurableStates(
+                settings.run_dir, settings.durable_every, store, self._commands.post, self._saved, self._trouble
+            )
         self._search_ended = self._interrupted = self._shown = False
         self._fatal: Exception | None = None
 
@@ -174,12 +204,29 @@ class Run:
         self._interrupted = True
         self._workers.wake()
 
+    def take_up(self, configs: Sequence[Config]) -> None:
+        """Before the loop: bring the run to where its journal ends.
+
+        `configs` are those of the trials added first; see `recovery.retell`.
+        """
+        self._past = retell(self._ledger.rows, self._hopper, self._book, self.settings.shards, configs)
+        if self._past.unended or not self._past.search_ended:
+            self._apply(RunResumed())
+
+    @property
+    def taken_up(self) -> int:
+        """How many trials there were when the run was taken up; 0 of a new one."""
+        return 0 if self._past is None else self._past.trials
+
     # The loop.
 
     def drive(self) -> Results:
         """Run until the search has ended and every trial with it; raise what makes the run impossible."""
         try:
-            self.begin()
+            if self._past is None or not self._over():
+                self.begin()
+            elif self._durable is not None:
+                self._durable.clear_strays()
             while not self._over():
                 self.turn()
             self._export_unended()
@@ -193,18 +240,26 @@ class Run:
         self._progress.start(self.snapshot)
         self._shown = True
         self._assemble()
+        if self._past is not None:
+            self._go_on_from(self._past)
         self._carry_out_commands()
 
     def turn(self, timeout_s: float | None = None) -> None:
         """Start what can be started, then wait for what the workers say, or for the time to pass, and see to it."""
-        for start in self._hopper.dispatch():
+        starts = self._hopper.dispatch()
+        if starts or self._undispatched:  # one that gives no order changes what the next one looks at
+            self._ledger.note(DISPATCHED, starts=starts_plain(starts))
+            self._undispatched = False
+        for start in starts:
             self._start(start)
         self._progress.update()
+        patience_s = self._crew.patience_s
+        if patience_s is not None and (timeout_s is None or patience_s < timeout_s):
+            timeout_s = patience_s
         self._inbox.extend(self._crew.wait(timeout_s))
-        while self._inbox:
-            self._hear(self._inbox.popleft())
-            self._raise_if(self._fatal)
-            self._obey()
+        self._hear_all()
+        self._inbox.extend(self._crew.silent())
+        self._hear_all()
         self._carry_out_commands()
 
     def ask(self, call: Callable[[], T]) -> T:
@@ -232,7 +287,11 @@ class Run:
 
     def _over(self) -> bool:
         return self._interrupted or (
-            self._search_ended and self._hopper.settled and not self._exporter.pending and not self._commands
+            self._search_ended
+            and self._hopper.settled
+            and not self._exporter.pending
+            and not self._commands
+            and not (self._durable and self._durable.pending)
         )
 
     def _assemble(self) -> None:
@@ -262,6 +321,12 @@ class Run:
 
     # Workers to state machine.
 
+    def _hear_all(self) -> None:
+        while self._inbox:
+            self._hear(self._inbox.popleft())
+            self._raise_if(self._fatal)
+            self._obey()
+
     def _hear(self, message: Message) -> None:
         match message:
             case Finished() if self._hopper.job_of(message.worker) == message.job:
@@ -281,24 +346,24 @@ class Run:
 
     def _finished(self, message: Finished) -> None:
         unit = message.unit
-        self._crew.running.pop(message.worker, None)
+        self._crew.ended(message.worker)
         self._timeline.add(message)
         self._results[unit.trial] = message
         elapsed_s = message.spans.ended - message.spans.began
-        self._apply(UnitFinished(message.job, unit, elapsed_s))
+        self._apply(UnitFinished(message.job, unit, elapsed_s), finished=finished_facts(message))
 
     def _raised(self, message: Raised) -> None:
         unit = message.unit
-        self._crew.running.pop(message.worker, None)
+        self._crew.ended(message.worker)
         page = self._book[unit.trial]
         page.error, page.raised = message.error, message.kinds
         reason = message.error.strip().rpartition("\n")[2]
         where = f"{unit.trial} failed in epoch {unit.epoch}, shard {unit.shard}"
         self._progress.say(f"{where}: {reason} (its result's .error has the traceback)", "stderr")
-        self._apply(UnitFailed(message.job, unit, reason))
+        self._apply(UnitFailed(message.job, unit, reason), error=message.error, raised=list(message.kinds))
 
     def _lost(self, message: Lost) -> None:
-        unit = self._crew.running.pop(message.worker, None)
+        unit = self._crew.ended(message.worker, whole=False)
         if unit is not None:
             self._store.abandon(unit.trial)
             # Kept only if this death is one too many.
@@ -307,7 +372,7 @@ class Run:
                 f"That happened to this trial more than max_failures={self.settings.max_failures} times."
             )
         if message.worker not in self._crew.unready:  # it had joined
-            self._apply(WorkerLost(message.worker))
+            self._apply(WorkerLost(message.worker), error=None if unit is None else self._book[unit.trial].error)
         what = ""
         if unit is not None and self._hopper.status(unit.trial) is not Status.FAILED:
             self._book[unit.trial].error = None
@@ -331,9 +396,12 @@ class Run:
 
     # State machine to workers and tuner.
 
-    def _apply(self, event: Event) -> None:
+    def _apply(self, event: Event, **facts: Any) -> None:
         """Tell the state machine; what it orders is carried out by `_obey`, never from inside another order."""
-        self._orders.extend(self._hopper.apply(event))
+        orders = self._hopper.apply(event)
+        self._ledger.event(event, facts)
+        self._undispatched = True
+        self._orders.extend(orders)
         for trial, finished in list(self._results.items()):
             # Policy "fixed" holds a result back until its turn: not before that is it the state that others start from.
             _, done, total = self._hopper.progress(trial)
@@ -344,9 +412,17 @@ class Run:
                 page.committed(finished)
                 if finished.logged is not None:
                     self._book.recipe_of(page).log(trial, page.config, finished.logged)
+                if self._durable is not None and done < total and self._durable.due(done):
+                    self._durable.begin(trial, done)
                 if finished.should_stop and done < total:
                     self._wish(trial, Decision.STOP)  # joined with what the tuner answers to the report, if one is due
                 self._cool_if_paused(trial)
+
+    def _saved(self, trial: str, units: int, file: str) -> None:
+        self._ledger.note(SAVED, trial=trial, units=units, file=file)
+
+    def _trouble(self, what: str) -> None:
+        self._progress.say(what, "stderr")
 
     def _cool_if_paused(self, trial: str) -> None:
         if self._hopper.status(trial) is Status.PAUSED:
@@ -366,11 +442,15 @@ class Run:
         self._crew.give(start.worker, tasks)
 
     def _task(self, job: int, unit: Unit) -> Task:
+        _, done, total = self._hopper.progress(unit.trial)
+        epoch_done = done % self.settings.shards == self.settings.shards - 1
+        return self._task_of(job, unit, done, self._book.export(unit, epoch_done, done + 1 == total))
+
+    def _task_of(self, job: int, unit: Unit, done: int, export: Export | None) -> Task:
+        """The order to run a unit, which is number `done` of its trial."""
         page = self._book[unit.trial]
         shards = self.settings.shards
-        _, done, total = self._hopper.progress(unit.trial)
         position = done % shards
-        epoch_done = position == shards - 1
         committed, committed_bytes, working = self._store.buffers(unit.trial)
         return Task(
             job=job,
@@ -380,13 +460,13 @@ class Run:
             epochs=page.trial.epochs,
             batch_size=page.batch_size,
             position=position,
-            last=epoch_done,
+            last=position == shards - 1,
             committed=committed,
             committed_bytes=committed_bytes,
             working=working,
             digest="" if committed is None else self._store.digest_of(unit.trial),
-            trained_under=page.trained_under,
-            export=self._book.export(unit, epoch_done, done + 1 == total),
+            trained_under=page.born_under if done == page.inherited else None,
+            export=export,
             recipe=None if page.brought is None else page.brought.shipped,
         )
 
@@ -438,6 +518,10 @@ class Run:
         page, status = self._book[trial], self._hopper.status(trial)
         self._book.recipe_of(page).end_log(trial, status.value)
         page.brought = None
+        last = page.last_checkpoint
+        self._ledger.note(RELEASED, trial=trial, last=None if last is None else last.stem)
+        if self._durable is not None:
+            self._durable.forget(trial)
         # The tuner before the memory: it may want the state.
         self._tuner.on_end(self._book.result(page, status, cut_short=False))
         self._crew.forget((trial,), self._store.drop(trial))
@@ -453,19 +537,21 @@ class Run:
             config, brought = parent.config if config is None else config, parent.brought
         page = self._book.new_page(config, brought, index)
         trial = page.trial
+        facts = {"config": plain_config(page.config), "text": config_text(page.config), "batch_size": page.batch_size}
         if parent is None:
-            self._apply(TrialAdded(trial))
+            self._apply(TrialAdded(trial), **facts)
         else:
             if not parent.units or not self._store.holds(parent.trial.id):
                 raise ConfigurationError(
                     f"{source} has no state to go on from (no unit is behind it, or it has ended): add a trial with "
                     "its config."
                 )
-            self._apply(TrialCloned(trial, parent.trial.id))
-            page.inherited = parent.units
+            self._apply(TrialCloned(trial, parent.trial.id), **facts)
+            self._book.inherit(page, parent)
             self._store.clone(trial.id, parent.trial.id)
-            before = parent.trained_under or parent.shipped
-            page.trained_under = before if before != page.shipped else None
+            if self._durable is not None:
+                self._durable.write_now(trial.id, page.units)
+            self._ledger.sync()
         self._book.add(page)
         return trial.id
 
@@ -498,6 +584,8 @@ class Run:
             self._decide(trial_id, decision)
         elif page.wish is not Decision.STOP:
             page.wish = decision
+            self._ledger.note(WISHED, trial=trial_id, decision=decision.value)
+        self._ledger.sync()
 
     def _decide(self, trial_id: str, decision: Decision) -> None:
         page = self._page(trial_id)
@@ -508,7 +596,84 @@ class Run:
 
     def _end_search(self) -> None:
         self._search_ended = True
-        self._apply(SearchEnded())
+        if self._past is None or not self._past.search_ended:
+            self._apply(SearchEnded())
+
+    # What came before.
+
+    def _go_on_from(self, past: Past) -> None:
+        """Bring back the states of trials, and do what was decided and not done when the coordinator died."""
+        for away in self._hopper.lost - {worker.number for worker in self._crew.ids}:
+            self._apply(WorkerStayedAway(WorkerId(away)))
+        catch_up = CatchUp(self._crew, self._store, self._task_again, self._trouble)
+        catch_up.run(
+            [self._bring_back(page, past) for page in self._book if self._is_wanted(page, past)], self._stopped
+        )
+        if self._durable is not None:
+            self._durable.clear_strays()
+        if self._interrupted:
+            return
+        self._results |= past.early
+        for trial, status in past.ended.items():
+            if trial not in past.released:
+                self._orders.append(DropState(trial, status))
+        for page in list(self._book):
+            trial, status = page.trial.id, self._hopper.status(page.trial.id)
+            stops = page.latest is not None and page.latest.should_stop and page.wish is None and not status.ended
+            if stops and self._hopper.progress(trial)[1] < page.trial.epochs * self.settings.shards:
+                self._wish(trial, Decision.STOP)
+            self._cool_if_paused(trial)
+            if status is Status.DECIDING:
+                decision = self._tuner.on_report(trial, page.last)
+                if decision is not None:
+                    self._decide(trial, decision)
+
+    def replay(self, rows: Sequence[Row], trial: str) -> Replayed:
+        """Instead of the loop: train a trial of another run's journal again, and compare."""
+        self._past = past = retell(rows, self._hopper, self._book, self.settings.shards, ())
+        self._apply(RunResumed())
+        self._commands.take_over()
+        self._assemble()
+        pages = [self._page(trial)]
+        while pages[0].source is not None:
+            pages.insert(0, self._page(pages[0].source))
+        ends = [*(page.inherited for page in pages[1:]), pages[-1].units]
+        catch_up = CatchUp(self._crew, self._store, self._task_again, lambda _: None)
+        for before, page, end in zip([None, *pages], pages, ends, strict=False):
+            if before is not None:
+                self._store.clone(page.trial.id, before.trial.id)
+            again = Arrears.of(page, page.inherited, past)
+            own = slice(end - page.inherited)
+            again = replace(again, units=again.units[own], digests=again.digests[own], early=False)
+            catch_up.run([again], self._stopped)
+        different = [(unit.epoch, unit.shard) for unit in catch_up.differing if unit.trial == trial]
+        return Replayed(trial, pages[-1].units - pages[-1].inherited, tuple(different))
+
+    def _is_wanted(self, page: TrialPage, past: Past) -> bool:
+        trial = page.trial.id
+        if self._hopper.status(trial).ended:
+            return trial not in past.released and self._exporter.due(page)
+        return page.units > 0 or trial in past.early
+
+    def _bring_back(self, page: TrialPage, past: Past) -> Arrears:
+        """Take a trial's last state from the disk; returns the units since."""
+        trial, units = page.trial.id, 0
+        if (saved := past.saved.get(trial)) is not None and self._durable is not None:
+            path = self._durable.found(trial, saved.file)
+            try:
+                self._store.restore(trial, path)
+                units = saved.units
+            except (OSError, DamagedStateError) as error:
+                if page.inherited:
+                    raise
+                self._trouble(f"{trial} is trained again from its beginning: {error}")
+        return Arrears.of(page, units, past)
+
+    def _task_again(self, unit: Unit, done: int) -> Task:
+        return self._task_of(0, unit, done, None)
+
+    def _stopped(self) -> bool:
+        return self._interrupted
 
     # The end.
 
@@ -524,12 +689,15 @@ class Run:
         if not self._commands.close():
             return
         self._exporter.close()
+        if self._durable is not None:
+            self._durable.close()
         self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})
         for page in self._book:
             if not (status := self._hopper.status(page.trial.id)).ended:
                 self._book.recipe_of(page).end_log(page.trial.id, status.value)
         self._book.clear_staged()
         self._store.close()
+        self._ledger.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")
         if self._shown:

@@ -64,6 +64,10 @@ class RunSettings:
     trace: bool
     spec: RunSpec
     run_dir: Path
+    unit_deadline_s: float | None = None
+    """After which a unit hangs; None for what the units so far tell."""
+    durable_every: int | None = None
+    """Units between two states on disk; None for a run that nobody takes up."""
 
     @property
     def shards(self) -> int:

@@ -144,10 +144,14 @@ class StateStore:
     def drop(self, trial: str) -> tuple[int, ...]:
         """Forget a trial, and return `freed()`."""
         self.warm(trial)
+        self.release(trial)
+        return self.freed()
+
+    def release(self, trial: str) -> None:
+        """Forget a trial that no worker knows of; what is freed is among the next `freed()`."""
         if slot := self._slots.pop(trial, None):
             self._give_back(slot)
             self._replace(trial, slot, None)
-        return self.freed()
 
     def freed(self) -> tuple[int, ...]:
         """Keys of the buffers freed since the last call; workers may forget them."""

@@ -319,7 +319,7 @@ class TorchRecipe(Recipe):
                 f"{trainable.__name__}.accumulate is {trainable.accumulate}; it must be at least 1."
             )
         self.trainable, self.name, self.accumulate = trainable, trainable.__name__, trainable.accumulate
-        self.loader = trainable.loader
+        self.loader, self.model = trainable.loader, trainable
 
     def model_config(self, config: Config) -> dict[str, Any]:  # noqa: D102  # `build` may read all of it
         return dict(config)

@@ -143,6 +143,9 @@ class Recipe(ABC):
     loader: Mapping[str, Any] = {}
     """Settings of the trainable's own for loading; each wins over the executor's."""
 
+    model: type | None = None
+    """The user's class, by whose source a run that is taken up is known again."""
+
     datamodule: Any = None
     """The DataModule that comes with the trainable, for an executor that was made without data."""
 

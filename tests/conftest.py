@@ -135,7 +135,7 @@ def options(train: ShardedDataset, validation: ShardedDataset, tmp_path: Path) -
     """Arguments of an executor with two inline workers."""
     return {
         "train": train, "validation": validation, "epochs": 2, "batch_size": 16, "workers": 2, "backend": "inline",
-        "run_dir": tmp_path / "runs", "progress": False,
+        "run_dir": tmp_path / "runs", "progress": False, "resume": "never",
     }  # fmt: skip
 
 

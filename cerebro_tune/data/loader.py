@@ -7,6 +7,7 @@ sampler gives the draws of whichever unit is on.
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import os
 import pickle
@@ -247,6 +248,8 @@ class _Birth:
         self._parent, self._reader, self._then = parent, reader, then
 
     def __call__(self, number: int) -> None:
+        # Mapped states are not in a fork: to collect one here would unmap whatever lies in its place by now.
+        gc.freeze()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends units, not what they read with
         if sys.platform == "linux":
             # At once, also after a kill that leaves the worker no time; torch itself looks every five seconds.

@@ -33,6 +33,8 @@ class Workers(ABC):
 
     apart = False
     """Whether the workers, once started, are on several machines."""
+    may_hang = True
+    """Whether a worker that hangs leaves the coordinator free to notice."""
 
     def __init__(self, devices: Sequence[str], threads: int, first: int = 0) -> None:
         self.ids = tuple(WorkerId(first + number) for number in range(len(devices)))

@@ -18,6 +18,8 @@ from cerebro_tune.workers.runner import UnitRunner, run_task, set_up
 class InlineWorkers(Workers):
     """Each unit runs inside `wait`, on the thread that waits. Several workers take turns."""
 
+    may_hang = False
+
     def __init__(self, devices: Sequence[str], threads: int) -> None:
         super().__init__(devices, threads)
         self._tasks: deque[tuple[WorkerId, Task]] = deque()

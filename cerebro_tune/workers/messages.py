@@ -26,6 +26,8 @@ class RunSpec:
     report_every: str
     seed: int
     shard_rows: tuple[int, ...]
+    threads: int | None = None
+    """What torch is to use, where it is not what the workers were started with: those of a run that is taken up."""
 
 
 @dataclass(frozen=True, slots=True)

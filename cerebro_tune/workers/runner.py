@@ -106,6 +106,10 @@ class UnitRunner:
 
     def _run(self, task: Task) -> Finished:
         began = monotonic()
+        if self._spec.threads is not None:
+            import torch
+
+            torch.set_num_threads(self._spec.threads)
         trainable, working = self._load(task)
         timer = _ValidationTimer(lambda: seed_validation(self._spec.seed, task.trial_index, *_place(task)))
         loaded = monotonic()

@@ -56,6 +56,7 @@ def main() -> None:
                 bell.recv(4096)
                 _reap(control)
             if control in ready and not _fork_one(control):
+                signal.set_wakeup_fd(-1)  # workers end now too, and the bell is gone
                 return
 
 

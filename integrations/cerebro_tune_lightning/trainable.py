@@ -84,7 +84,7 @@ class LightningTrainable(Recipe):
         self.datamodule = datamodule
         self.trainer_kwargs = {name: v for name, v in (trainer_kwargs or {}).items() if name not in _IDLE_KWARGS}
         self.name = getattr(make_module, "__name__", type(make_module).__name__).replace("<lambda>", "module")
-        self._class = make_module if isinstance(make_module, type) else None
+        self.model = make_module if isinstance(make_module, type) else None
         self._check_kwargs()
         self.loggers = TrialLoggers(self.trainer_kwargs.pop("logger", None))
         given = callbacks.as_list(self.trainer_kwargs.get("callbacks"))
@@ -131,27 +131,27 @@ class LightningTrainable(Recipe):
         self.loggers.end(trial_id, status)
 
     def takes(self, key: str) -> bool:  # noqa: D102
-        return self._class is not None and construct.takes(self._class, key)
+        return self.model is not None and construct.takes(self.model, key)
 
     def model_config(self, config: Config) -> dict[str, Any]:  # noqa: D102
-        whole = self._class is None or construct.mapping_parameter(self._class, config)
+        whole = self.model is None or construct.mapping_parameter(self.model, config)
         return dict(config) if whole else super().model_config(config)
 
     def check_config(self, config: Config) -> None:  # noqa: D102
-        if self._class is not None:
-            construct.check_config(self._class, config)
+        if self.model is not None:
+            construct.check_config(self.model, config)
 
     def reads(self, key: str, config: Config) -> bool:
         """Whether the key can make a difference when a module is built; a function may read any."""
-        return self._class is None or construct.reads(self._class, key, config)
+        return self.model is None or construct.reads(self.model, key, config)
 
     def hyper_parameters(self, config: Config) -> tuple[str | None, Config]:
         """What `load_from_checkpoint` needs to call the class as it was called: the mapping parameter, the values."""
-        return (None, {}) if self._class is None else (construct.mapping_parameter(self._class, config), config)
+        return (None, {}) if self.model is None else (construct.mapping_parameter(self.model, config), config)
 
     def build(self, config: Config) -> Any:
         """Make the module of a config."""
-        module = self.make_module(config) if self._class is None else construct.construct(self._class, config)
+        module = self.make_module(config) if self.model is None else construct.construct(self.model, config)
         if namespace(type(module)) is None:
             raise NotTrainableError(f"{self.name} made a {type(module).__name__}; it must make a LightningModule.")
         return module

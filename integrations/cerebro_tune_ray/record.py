@@ -148,15 +148,6 @@ class Record:
         self._database.close()
 
 
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config, if JSON gives it back as it is."""
-    try:
-        back: dict[str, Any] = json.loads(json.dumps(dict(config)))
-    except (TypeError, ValueError):
-        return None
-    return back if back == dict(config) else None
-
-
 def _number_of(file: Path) -> int:
     """The number in the name that `Record.new_file` has given."""
     return int(file.stem.rpartition("-")[2])

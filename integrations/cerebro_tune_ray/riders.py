@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
 
+from cerebro_tune.configtext import plain_config
 from cerebro_tune.errors import NonFiniteLossError
 from cerebro_tune.policy import abreast
 from cerebro_tune.results import TrialResult
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
-from cerebro_tune_ray.record import Record, Standing, plain_config
+from cerebro_tune_ray.record import Record, Standing
 from cerebro_tune_ray.rider import TIMES, Controller, Result, Rider, filled
 from cerebro_tune_ray.snapshot import LetGo, Snapshot
 

@@ -1,0 +1,133 @@
+"""A run's folder, read: its journal is told to a state machine, and nothing in the folder is executed or changed."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cerebro_tune.buffers import Mapped
+from cerebro_tune.durable import FOLDER
+from cerebro_tune.errors import CerebroError, ConfigurationError
+from cerebro_tune.eventcodec import is_event, to_event
+from cerebro_tune.events import TrialAdded, TrialCloned, UnitFailed, UnitFinished
+from cerebro_tune.hopper import Hopper
+from cerebro_tune.journal import Row, read_journal
+from cerebro_tune.manifest import manifest_of
+from cerebro_tune.recovery import DISPATCHED, SAVED, starts_plain
+from cerebro_tune.statefile import load_into
+from cerebro_tune.units import Shard
+
+
+@dataclass
+class TrialReading:
+    """What the journal has of one trial."""
+
+    id: str
+    config: str
+    """As JSON text."""
+    status: str = "queued"
+    units: int = 0
+    total: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last unit."""
+    error: str | None = None
+    state: str | None = None
+    """The file of its last state on disk, while it has not ended."""
+    visits: list[tuple[int, int, int]] = field(default_factory=list)
+    """(epoch, shard, number of the worker), in order."""
+    digests: list[str] = field(default_factory=list)
+    """Of the state after each."""
+
+
+class RunReading:
+    """A run as its journal has it; DamagedJournalError where that is not as it was written.
+
+    Every decision of the policy is made again, and compared with what the journal has.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        rows = read_journal(self.folder)
+        self.manifest = manifest_of(rows, self.folder)
+        self.rows = len(rows)
+        self.decisions = 0
+        """Orders of the policy that were made again."""
+        self.trials: dict[str, TrialReading] = {}
+        about = self.manifest["about"]
+        self._hopper = Hopper(
+            [Shard(index, 1) for index in range(about["shards"])],
+            policy=about["policy"],
+            live_trials=about["live_trials"],
+            report_every=about["report_every"],
+            max_failures=about["max_failures"],
+            seed=about["seed"],
+        )
+        for row in rows[1:]:
+            self._take(row)
+        for trial in self.trials.values():
+            _, trial.units, trial.total = self._hopper.progress(trial.id)
+            trial.status = self._hopper.status(trial.id).value
+
+    def _take(self, row: Row) -> None:
+        body = row.body
+        if row.kind == DISPATCHED:
+            starts = starts_plain(self._hopper.dispatch())
+            self.decisions += len(starts)
+            if starts != body["starts"]:
+                raise CerebroError(f"Row {row.number} has the orders {body['starts']}; made again they are {starts}.")
+        elif row.kind == SAVED:
+            self.trials[body["trial"]].state = body["file"]
+        elif is_event(row.kind):
+            event = to_event(row.kind, body["event"])
+            self._hopper.apply(event)
+            match event:
+                case TrialAdded(trial) | TrialCloned(trial, _):
+                    self.trials[trial.id] = TrialReading(trial.id, body["text"])
+                case UnitFinished(_, unit, _):
+                    reading, facts = self.trials[unit.trial], body["finished"]
+                    reading.metrics = facts["metrics"]
+                    reading.visits.append((unit.epoch, unit.shard, facts["worker"]))
+                    reading.digests.append(facts["digest"])
+                case UnitFailed(_, unit, _):
+                    self.trials[unit.trial].error = body["error"]
+
+    def trial(self, name: str) -> TrialReading:
+        """The trial of this id; ConfigurationError names those that there are."""
+        if name not in self.trials:
+            known = ", ".join(self.trials) or "none"
+            raise ConfigurationError(f"There is no trial {name!r} in {self.folder}; there are: {known}.")
+        return self.trials[name]
+
+    def story(self, name: str) -> list[str]:
+        """What happened to a trial, a line for each move; the latest ones of a long life."""
+        return [str(row) for row in self._hopper.story(self.trial(name).id)]
+
+    def checkpoint(self, name: str) -> Path:
+        """A trial's checkpoint: its best where there is one, else its last."""
+        folder = self.folder / self.trial(name).id
+        found = [path for kind in ("best", "last") for path in sorted(folder.glob(f"{kind}.*")) if path.is_file()]
+        if not found:
+            status = self.trial(name).status
+            raise ConfigurationError(f"{name}, which is {status}, has no checkpoint in {self.folder}.")
+        return found[0]
+
+    def export(self, name: str, file: Path) -> Path:
+        """Copy a trial's checkpoint to a file; returns which one."""
+        checkpoint = self.checkpoint(name)
+        shutil.copyfile(checkpoint, file)
+        return checkpoint
+
+    def verify(self) -> list[str]:
+        """Check all states on disk against their digests; returns what is wrong."""
+        wrong = []
+        for trial in self.trials.values():
+            ended = trial.status in ("finished", "stopped", "failed")
+            if trial.state is None or ended:
+                continue
+            path = self.folder / FOLDER / trial.state
+            try:
+                load_into(path, Mapped.private)
+            except (OSError, CerebroError) as error:
+                wrong.append(f"{trial.id}: {error}")
+        return wrong

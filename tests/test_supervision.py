@@ -1,0 +1,63 @@
+"""Workers that hang or are stopped are replaced, and their units run again elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nets
+from cerebro_tune import Cerebro
+from cerebro_tune.errors import ConfigurationError
+from runs import outcome
+
+
+class Stuck(nets.Deep):
+    """Hangs once, in the unit that its config names: asleep for ever, or stopped by a signal."""
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        mark = Path(self._config["marks"], "stuck")
+        if self._config.get("how") and (work.epoch, work.shard) == (1, 2) and not mark.exists():
+            mark.touch()
+            if self._config["how"] == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            while self._config["how"] == "asleep":
+                time.sleep(3600)
+        return super().run_unit(work)
+
+
+@pytest.mark.parametrize("how", ["asleep", "stopped"])
+def test_a_worker_that_hangs_is_replaced(
+    options: dict[str, Any], tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for stuck in (how, None):
+        config = {"lr": 0.1, "marks": str(tmp_path), "how": stuck}
+        with Cerebro(**options | {"backend": "local", "policy": "fixed", "unit_deadline_s": 1.5}) as cerebro:
+            found.append(cerebro.fit(Stuck, [config, {"lr": 0.01, "marks": str(tmp_path)}], metric="val_loss"))
+    assert (tmp_path / "stuck").exists()
+    assert outcome(found[0]) == outcome(found[1])
+    assert [result.status for result in found[0]] == ["finished"] * 2
+
+
+def test_one_that_hangs_again_and_again_fails_its_trial_only(options: dict[str, Any], tmp_path: Path) -> None:
+    class Always(nets.Deep):
+        def run_unit(self, work: Any) -> dict[str, float]:
+            while self._config["lr"] > 0.5:
+                time.sleep(3600)
+            return super().run_unit(work)
+
+    changed = {"backend": "local", "unit_deadline_s": 0.8, "max_failures": 1}
+    with Cerebro(**options | changed) as cerebro:
+        good, bad = cerebro.fit(Always, [{"lr": 0.1}, {"lr": 1.0}])
+    assert (good.status, bad.status) == ("finished", "failed")
+    assert "a unit of its has not ended in" in str(bad.error)
+
+
+def test_a_deadline_is_a_number_of_seconds(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="unit_deadline_s is 0"):
+        Cerebro(**options | {"unit_deadline_s": 0})
