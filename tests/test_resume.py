@@ -92,17 +92,36 @@ def test_kills_at_random_moments_with_worker_processes(sets: Path, undisturbed: 
         goal = 0
         while goal < rows:
             goal += chance.randint(4, 20)
-            command = [sys.executable, resumed_runs.__file__, str(folder), str(chance.randint(1, 3))]
-            process = subprocess.Popen(command, stderr=subprocess.PIPE)
-            while process.poll() is None and _count(folder) < goal:
-                time.sleep(0.002)
-            process.kill()
-            _, said = process.communicate()
-            assert process.returncode in (0, -9), said.decode()
-            kills += process.returncode == -9
+            kills += killed(folder, goal, workers=2)
         assert ended(fit(folder)) == ended(undisturbed)
         units_once(folder)
     print(f"{kills} coordinators killed in {runs} runs, all of which ended as the undisturbed one")
+
+
+def test_it_goes_on_with_other_numbers_of_workers(sets: Path) -> None:
+    folder = sets / "numbers"
+    for goal, workers in ((15, 1), (40, 3), (60, 2)):
+        assert killed(folder, goal, workers)
+    results = fit(folder, workers=1)
+    assert [result.status for result in results] == ["finished", "stopped", "failed", "finished"]
+    units_once(folder)
+    with one_thread(), Cerebro(
+        sets / "train", sets / "validation", epochs=2, batch_size=16, workers=2, policy="fixed", progress=False
+    ) as cerebro:  # fmt: skip
+        for result in results:
+            assert cerebro.replay(results.run_dir, Mixed, result.trial_id).differing == ()
+
+
+def killed(folder: Path, rows: int, workers: int) -> bool:
+    """Kill a coordinator when its journal has so many rows; false if it has ended before."""
+    command = [sys.executable, resumed_runs.__file__, str(folder), str(workers)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while process.poll() is None and _count(folder) < rows:
+        time.sleep(0.002)
+    process.kill()
+    _, said = process.communicate()
+    assert process.returncode in (0, -9), said.decode()
+    return process.returncode == -9
 
 
 def _count(folder: Path) -> int:
@@ -225,9 +244,11 @@ def test_never_begins_a_run_beside_it_and_must_does_not_begin_one(sets: Path, un
     assert results.run_dir.name == "run-0001"
     with pytest.raises(ConfigurationError, match="there is no run in"):
         fit(sets / "nowhere", resume="must")
-    with Cerebro(sets / "train", backend="inline", resume="must", progress=False) as cerebro:
-        with pytest.raises(ConfigurationError, match="needs the run_dir"):
-            cerebro.fit(nets.Deep, [{"lr": 0.1}])
+    with (
+        Cerebro(sets / "train", backend="inline", resume="must", progress=False) as cerebro,
+        pytest.raises(ConfigurationError, match="needs the run_dir"),
+    ):
+        cerebro.fit(nets.Deep, [{"lr": 0.1}])
 
 
 def test_on_another_machine_it_goes_on_and_says_so(
