@@ -156,6 +156,10 @@ class TrialBook:
         shipped = ship(model_config, f"The config {chosen}")
         return TrialPage(trial, chosen, shipped, ours["batch_size"], recipe.suffix, brought)
 
+    def closed_page(self, trial: Trial, config: Mapping[str, Any], batch_size: int) -> TrialPage:
+        """The page of a trial that has ended in another process."""
+        return TrialPage(trial, dict(config), b"", batch_size, self._recipe.suffix)
+
     def inherit(self, page: TrialPage, source: TrialPage) -> None:
         """Note that a trial goes on from the committed state of another."""
         page.source, page.inherited = source.trial.id, source.units

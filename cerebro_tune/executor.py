@@ -38,7 +38,7 @@ from cerebro_tune.loading import check_keys
 from cerebro_tune.manifest import about_run, as_before, check_same, environment, manifest_of, open_run, refusal
 from cerebro_tune.policy import Policy
 from cerebro_tune.progress import make_progress
-from cerebro_tune.recovery import Replayed
+from cerebro_tune.recovery import Given, Replayed
 from cerebro_tune.results import Results, TrialResult
 from cerebro_tune.run import Run
 from cerebro_tune.settings import RunSettings, TrainAll, Tuner
@@ -263,7 +263,7 @@ class Cerebro:
             raise ConfigurationError(
                 "configs is empty: there is nothing to train. Without hyperparameters leave it out."
             )
-        run = self.run(trainable, TrainAll(), metric=metric, mode=mode, configs=chosen)
+        run = self.run(trainable, TrainAll(), metric=metric, mode=mode, given=chosen)
         try:
             for config in chosen[run.taken_up :]:
                 run.add(config)
@@ -311,14 +311,15 @@ class Cerebro:
         keep: str | None = None,
         policy: str | Policy | None = None,
         hosted: bool = False,
-        configs: Sequence[Config] | None = None,
+        given: Given | None = None,
+        folder: Path | None = None,
     ) -> Run:
         """Prepare a run that `tuner` decides in; the integrations' way in. Add trials, then `drive` it.
 
         `keep` and `policy` win over the executor's. In a run that is `hosted` the tuner has a loop of its own: it
         decides how many trials are live, shows progress, calls `Run.begin` and `Run.turn`, and `give_up` at the end.
-        With `configs`, those of its first trials, it is one that a later call takes up, if this one died: it has the
-        trials then that it had.
+        With `given` it is one that a later call takes up, if this one died: it has the trials then that it had, of
+        which `given` says what they are, see `recovery.retell`. `folder` is where it is then, if not in its turn.
         """
         if self._current is not None:
             raise ConfigurationError("This executor has a run in progress; a second one needs an executor of its own.")
@@ -330,7 +331,9 @@ class Cerebro:
             self.close()
         self.start()
         assert self._workers is not None, "started"
-        folder = run_folder(self.run_dir, recipe.name, self._runs, "never" if configs is None else self.resume)
+        if folder is None:
+            in_turn = isinstance(given, Sequence)  # others are looked for by their tuner
+            folder = run_folder(self.run_dir, recipe.name, self._runs, self.resume if in_turn else "never")
         if isinstance(self.train, IndexedDataset):
             self.train.manifest.write(folder / DATA_FILE)
         settings = replace(
@@ -341,7 +344,7 @@ class Cerebro:
         )
         journal = None if hosted else Journal(settings.run_dir)
         try:
-            run = self._run_of(settings, recipe, tuner, journal, configs)
+            run = self._run_of(settings, recipe, tuner, journal, given)
         except BaseException:
             if journal is not None:
                 journal.close()
@@ -356,7 +359,7 @@ class Cerebro:
         recipe: Recipe,
         tuner: Tuner,
         journal: Journal | None,
-        configs: Sequence[Config] | None,
+        given: Given | None,
     ) -> Run:
         """The run, brought to where its journal ends if it has one already."""
         assert self._workers is not None, "started"
@@ -364,13 +367,13 @@ class Cerebro:
         if journal is not None:
             now = environment(self._workers.threads)
             settings = open_run(journal, about_run(settings, recipe, self._fingerprints), now, settings)
-            if configs is not None:
+            if given is not None:
                 settings = replace(settings, durable_every=self._durable_every or settings.shards)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
         run = Run(self._workers, store, recipe, settings, tuner, progress, journal)
-        if journal is not None and configs is not None and journal.rows:
+        if journal is not None and given is not None and journal.rows:
             try:
-                run.take_up(configs)
+                run.take_up(given)
             except ConfigurationError as error:
                 raise refusal(settings.run_dir, [str(error)]) from error
         return run

@@ -6,7 +6,7 @@ trained since is trained again, in the order of the visits and without a report,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,16 @@ from cerebro_tune.events import TrialAdded, TrialCloned, TrialDecided, UnitFaile
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, ReportUnit, StartJob
 from cerebro_tune.journal import MANIFEST, Row
-from cerebro_tune.trainable import Config
+from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision, Status, Unit, WorkerId
 from cerebro_tune.workers.messages import Finished, Spans
 
 DISPATCHED, SAVED, RELEASED, WISHED, MOVED = "Dispatched", "Saved", "Released", "Wished", "Moved"
 """Kinds of rows that are no events: orders given, a state on disk, a trial let go of, a wish, another environment."""
+
+
+Given = Sequence[Config] | Mapping[str, tuple[Config, Recipe | None]]
+"""Configs in the order of the trials, or (config, recipe) by the id of a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +86,22 @@ def starts_plain(starts: Iterable[StartJob]) -> list[Any]:
     return [[s.job, s.worker.number, [[u.trial, u.epoch, u.shard] for u in s.units]] for s in starts]
 
 
-def retell(rows: Sequence[Row], hopper: Hopper, book: TrialBook, shards: int, configs: Sequence[Config]) -> Past:
+def retell(rows: Sequence[Row], hopper: Hopper, book: TrialBook, shards: int, given: Given) -> Past:
     """Bring a new machine and a new book to where the journal ends.
 
-    `configs` are those of the trials that were added first, in order; trials beyond them have theirs in the journal.
-    ConfigurationError where they are others; DamagedJournalError where the machine decides otherwise than it did.
+    `given` is what the trials are now: of those that were added first, in order, or of those that go on, by their ids.
+    Of others the journal has the configs. ConfigurationError where a config is another; DamagedJournalError where the
+    machine decides otherwise than it did.
     """
-    teller = _Teller(hopper, book, shards, list(configs))
+    teller = _Teller(hopper, book, shards, given)
     for row in rows:
         teller.take(row)
     return teller.past
 
 
 class _Teller:
-    def __init__(self, hopper: Hopper, book: TrialBook, shards: int, configs: list[Config]) -> None:
-        self._hopper, self._book, self._shards, self._configs = hopper, book, shards, configs
+    def __init__(self, hopper: Hopper, book: TrialBook, shards: int, given: Given) -> None:
+        self._hopper, self._book, self._shards, self._given = hopper, book, shards, given
         self._added = 0
         self.past = Past()
 
@@ -152,30 +157,42 @@ class _Teller:
         self.past.search_ended |= row.kind == "SearchEnded"
 
     def _page(self, event: TrialAdded | TrialCloned, body: dict[str, Any]) -> None:
-        config = self._config(event, body)
-        page = self._book.new_page(config, None, event.trial.index)
+        by_id = isinstance(self._given, Mapping)
+        if by_id and event.trial.id not in self._given:  # it has ended, and nobody asks what it was made of
+            self._add(event, self._book.closed_page(event.trial, body["config"] or {}, body["batch_size"]))
+            return
+        config, recipe = self._given_to(event, body)
+        brought = None if recipe is None else self._book.bring(recipe)
+        page = self._book.new_page(config, brought, event.trial.index)
         if page.trial != event.trial or page.batch_size != body["batch_size"]:
             raise ConfigurationError(
                 f"{event.trial.id} was {event.trial} with batch_size={body['batch_size']}, and would be {page.trial} "
                 f"with batch_size={page.batch_size}."
             )
+        self._add(event, page)
+
+    def _add(self, event: TrialAdded | TrialCloned, page: TrialPage) -> None:
         if isinstance(event, TrialCloned):
             self._book.inherit(page, self._book[event.source])
         self._book.add(page)
         self.past.digests[event.trial.id] = []
         self.past.trials += 1
 
-    def _config(self, event: TrialAdded | TrialCloned, body: dict[str, Any]) -> Config:
-        if isinstance(event, TrialAdded) and self._added < len(self._configs):
-            config = self._configs[self._added]
+    def _given_to(self, event: TrialAdded | TrialCloned, body: dict[str, Any]) -> tuple[Config, Recipe | None]:
+        """What the trial is now, checked against what it was; a recipe where it is not the run's."""
+        recipe = None
+        if isinstance(self._given, Mapping):
+            name, (config, recipe) = f"the config of {event.trial.id}", self._given[event.trial.id]
+        elif isinstance(event, TrialAdded) and self._added < len(self._given):
+            name, config = f"configs[{self._added}]", self._given[self._added]
             self._added += 1
-            if config_text(config) != body["text"]:
-                raise ConfigurationError(f"configs[{self._added - 1}] was {body['text']} and is {config_text(config)}")
-            return config
-        if body["config"] is None:
+        elif body["config"] is None:
             raise ConfigurationError(f"{event.trial.id} had the config {body['text']}, which is no plain data")
-        plain: Config = body["config"]
-        return plain
+        else:
+            return body["config"], None
+        if config_text(config) != body["text"]:
+            raise ConfigurationError(f"{name} was {body['text']} and is {config_text(config)}")
+        return config, recipe
 
 
 def _finished(event: UnitFinished, body: dict[str, Any]) -> Finished:

@@ -53,6 +53,7 @@ from cerebro_tune.recovery import (
     SAVED,
     WISHED,
     Arrears,
+    Given,
     Past,
     Replayed,
     finished_facts,
@@ -204,14 +205,19 @@ class Run:
         self._interrupted = True
         self._workers.wake()
 
-    def take_up(self, configs: Sequence[Config]) -> None:
+    def take_up(self, given: Given) -> None:
         """Before the loop: bring the run to where its journal ends.
 
-        `configs` are those of the trials added first; see `recovery.retell`.
+        `given` is what its trials are now; see `recovery.retell`.
         """
-        self._past = retell(self._ledger.rows, self._hopper, self._book, self.settings.shards, configs)
+        self._past = retell(self._ledger.rows, self._hopper, self._book, self.settings.shards, given)
         if self._past.unended or not self._past.search_ended:
             self._apply(RunResumed())
+
+    @property
+    def unended(self) -> set[str]:
+        """Ids of the trials that have not ended."""
+        return {page.trial.id for page in self._book if not self._hopper.status(page.trial.id).ended}
 
     @property
     def taken_up(self) -> int:
@@ -495,7 +501,7 @@ class Run:
     def _end(self, trial: str, status: Status) -> None:
         """Export the state of a trial that was stopped, then let go of it."""
         page = self._book[trial]
-        if status is Status.STOPPED and self._exporter.due(page):
+        if status is Status.STOPPED and self._exporter.due(page) and self._store.holds(trial):
             self._store.warm(trial)  # one that was paused must not go to disk while it is read
             if self._logical:  # when the tuner hears of the end is part of what repeats
                 self._exporter.write(page, self._store.mapped(trial))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from cerebro_tune import Cerebro
+from cerebro_tune.reading import RunReading
 from cerebro_tune_optuna import optimize, pruners
+from nets import Linear
 from optuna_studies import COMPLETE, FAIL, PRUNED, RUNNING, a_study, linear, states
 
 pytestmark = [
@@ -81,25 +84,61 @@ def test_a_storage_holds_what_one_in_memory_does(options: dict[str, Any], tmp_pa
     assert PRUNED in {state for state, *_ in outcomes[0]}
 
 
-@pytest.mark.parametrize("kind", ["SQLite", "JournalFile"])
-def test_what_a_killed_process_left_running_is_told(options: dict[str, Any], tmp_path: Path, kind: str) -> None:
-    study = a_study(study_name="s", storage=storage_of(kind, tmp_path))
-    killed = child(options, kind, tmp_path, n_trials=20, kill_after=5)
+def left_running(options: dict[str, Any], kind: str, folder: Path) -> tuple[Any, list[int], int]:
+    """A study whose process was killed, the numbers of the trials that it left running, and its pid."""
+    study = a_study(study_name="s", storage=storage_of(kind, folder))
+    killed = child(options, kind, folder, n_trials=20, kill_after=5)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     running = [trial.number for trial in study.trials if trial.state is RUNNING]
     assert len(running) >= 2, "those in flight"
-    ended = {trial.number: trial for trial in study.trials if trial.state is not RUNNING}
+    return study, running, killed.pid
+
+
+@pytest.mark.parametrize("kind", ["SQLite", "JournalFile"])
+def test_what_a_killed_process_left_running_goes_on(options: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    options |= {"resume": "auto", "durable_every": 3}
+    study, running, _ = left_running(options, kind, tmp_path)
+    before = {trial.number: trial for trial in study.trials}
+    assert any(before[number].intermediate_values for number in running)
     with Cerebro(**options | {"run_dir": tmp_path / "other"}) as cerebro:
         optimize(study, linear, 1, executor=cerebro, metric="val_loss")
     assert [trial.number for trial in study.trials if trial.state is RUNNING] == running, "not this executor's"
     with Cerebro(**options) as cerebro:
         optimize(study, linear, 3, executor=cerebro, metric="val_loss")
+        folders = {Path(study.trials[number].user_attrs["folder"]) for number in running}
+        (run_dir,) = {folder.parent for folder in folders}
+        assert Path(study.trials[-1].user_attrs["folder"]).parent == run_dir
+        for folder in folders:
+            assert cerebro.replay(run_dir, Linear, folder.name).differing == ()
+    assert set(states(study)) <= {COMPLETE, PRUNED}
+    assert len(study.trials) == len(before) + 4
+    for number in running:
+        trial = study.trials[number]
+        assert trial.params == before[number].params
+        assert trial.user_attrs["units"] == len(trial.intermediate_values)
+        assert trial.intermediate_values.items() >= before[number].intermediate_values.items()
+        assert trial.state is PRUNED or len(trial.intermediate_values) == 8
+    ended = [trial for trial in before.values() if trial.number not in running]
+    assert all(study.trials[trial.number] == trial for trial in ended), "told once"
+    assert all(len(set(trial.visits)) == len(trial.visits) <= 8 for trial in RunReading(run_dir).trials.values())
+
+
+@pytest.mark.parametrize("what", ["folder", "seed", "promotion"])
+def test_what_cannot_go_on_is_told(options: dict[str, Any], tmp_path: Path, what: str) -> None:
+    options |= {"resume": "auto"}
+    study, running, pid = left_running(options, "SQLite", tmp_path)
+    if what == "folder":
+        shutil.rmtree(options["run_dir"])
+    if what == "promotion":
+        study.pruner = pruners.PromotionPruner(min_resource=2)
+    with Cerebro(**options | ({"seed": 4} if what == "seed" else {})) as cerebro:
+        optimize(study, linear, 3, executor=cerebro, metric="val_loss")
     assert RUNNING not in states(study)
     for number in running:
         assert study.trials[number].state is FAIL
-        assert study.trials[number].user_attrs["error"] == f"process {killed.pid}, which trained it, has been killed"
-    assert all(study.trials[number] == trial for number, trial in ended.items()), "told once"
+        told = study.trials[number].user_attrs["error"]
+        assert "seed was 0 and is 4" in told if what == "seed" else f"process {pid}, which trained it, has been" in told
 
 
 def test_two_processes_share_a_study(options: dict[str, Any], tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def searched(folder: Path, tuner: Any, trainable: Any = nets.Deep, **options: An
         folder.parent / "train", epochs=2, workers=1, policy="fixed", backend="inline", progress=False, run_dir=folder,
         **options,
     ) as cerebro:  # fmt: skip
-        run = cerebro.run(trainable, tuner(cerebro), configs=[{"lr": 0.1}])
+        run = cerebro.run(trainable, tuner(cerebro), given=[{"lr": 0.1}])
         if not run.taken_up:
             run.add({"lr": 0.1})
         run.end_search()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import optuna
 
-from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.errors import CerebroError, ConfigurationError
 from cerebro_tune.executor import Cerebro
 from cerebro_tune.results import TrialResult
 from cerebro_tune.run import Run
 from cerebro_tune.seeding import kept_streams, seed_build
 from cerebro_tune.settings import Report
+from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
 from cerebro_tune_optuna import left_over, versions
 from cerebro_tune_optuna.ladder import Ladder, LadderSeat
@@ -62,12 +64,13 @@ def optimize(
 
     Each trial gets user attributes: trial_id, units, epochs, seconds (of training, hopping, validating, waiting),
     checkpoint, folder, process, and error if it failed. Trials that a killed process has left RUNNING, with the same
-    run directory, are told FAIL first. Ctrl-C ends the search, and fails the trials in flight.
+    run directory, go on first, from their last committed unit; where they cannot (the folder of their run is gone, the
+    executor is another, or a PromotionPruner compared them), they are told FAIL with the reason. Ctrl-C ends the
+    search, and fails the trials in flight.
     """
     check_value(value)
     measured_by(study, metric)
     with versions.optimizing(study):
-        left_over.tell(study, executor)
         bar = versions.progress_bar(show_progress_bar, n_trials, timeout)
         kinds = tuple(catch) if isinstance(catch, Iterable) else (catch,)
         teller = Teller(study, kinds, callbacks, gc_after_trial, bar)
@@ -129,6 +132,7 @@ class Asking:
         """Ask and tell to the end."""
         reason = "cut short by an error in the search"
         try:
+            self._go_on()
             self._fill()
             if self._run is not None and self._seats:
                 self._executor.search(self._run)
@@ -156,11 +160,53 @@ class Asking:
 
     def on_end(self, result: TrialResult) -> None:
         """Tell the trial's end, and put another in its place."""
-        seat = self._seats.pop(result.trial_id)
+        seat = self._seats.pop(result.trial_id, None)
+        if seat is None:  # somebody has told its end while nobody trained it
+            return
         if self._ladder is not None:
             self._ladder.drop(result.trial_id)
         self._teller.ended(seat, result, self._value)
         self._fill()
+
+    # Going on.
+
+    def _go_on(self) -> None:
+        """Take up the latest run of a killed process that has trials in flight, and tell FAIL for all others."""
+        left = left_over.find(self._study, self._executor)
+        runs = [folder for folder, _ in map(left_over.run_of, left) if folder is not None]
+        latest = max(runs, default=None) if self._ladder is None and self._executor.resume != "never" else None
+        mine = [trial for trial in left if latest is not None and left_over.run_of(trial)[0] == latest]
+        for trial in left:
+            if trial not in mine:
+                left_over.tell(self._study, trial)
+        if latest is None:
+            return
+        made = {}
+        for trial in mine:
+            trial_id = left_over.run_of(trial)[1]
+            seat = TrialSeat(versions.again(self._study, trial), self._executor, self._metric)
+            seat.reported = max(trial.intermediate_values, default=0)
+            try:
+                made[trial_id] = seat, *self._make(seat, int(trial_id.rpartition("-")[2]))
+            except Exception as error:  # noqa: BLE001  # the user's code may raise anything; it is kept, or caught
+                self._teller.raised(seat, error)
+        if made:
+            self._take_up(latest, made)
+
+    def _take_up(self, folder: Path, made: dict[str, tuple[TrialSeat, Recipe, Config]]) -> None:
+        seats = {trial_id: seat for trial_id, (seat, _, _) in made.items()}
+        given = {trial_id: (config, recipe) for trial_id, (_, recipe, config) in made.items()}
+        seat, recipe, _ = next(iter(made.values()))
+        try:
+            run = self._executor.run(recipe, self, metric=seat.metric, mode=seat.mode, given=given, folder=folder)
+        except CerebroError as error:
+            for seat in seats.values():
+                self._teller.cut_short(seat, f"its process was killed, and its run cannot be taken up: {error}")
+            return
+        self._run, self._added = run, run.taken_up
+        self._seats |= seats
+        for trial_id in run.unended - seats.keys():
+            run.stop(trial_id)
 
     # Filling places.
 
@@ -246,9 +292,10 @@ class Asking:
                 return True
         return False
 
-    def _begin(self, seat: TrialSeat) -> None:
+    def _make(self, seat: TrialSeat, index: int) -> tuple[Recipe, Config]:
+        """What the objective wants trained, called with the generators of the trial of this number."""
         with kept_streams():
-            seed_build(self._executor.seed, self._added)
+            seed_build(self._executor.seed, index)
             made = self._objective(seat.trial)
         trainable, config = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
         if isinstance(trainable, int | float):
@@ -256,9 +303,12 @@ class Asking:
                 f"The objective returned {made!r}; under cerebro_tune_optuna.optimize it returns what is to be "
                 "trained, (LitNet, params). One that trains by itself and returns a value is for study.optimize."
             )
-        recipe = self._executor.recipe(trainable)
+        return self._executor.recipe(trainable), config
+
+    def _begin(self, seat: TrialSeat) -> None:
+        recipe, config = self._make(seat, self._added)
         if self._run is None:
-            self._run = self._executor.run(recipe, self, metric=seat.metric, mode=seat.mode)
+            self._run = self._executor.run(recipe, self, metric=seat.metric, mode=seat.mode, given={})
         trial_id = self._run.add(config, recipe)
         self._added += 1
         self._seats[trial_id] = seat

@@ -1,4 +1,4 @@
-"""Trials that a killed process has left RUNNING in a study: found again, and told.
+"""Trials that a killed process has left RUNNING in a study: found again, to go on or to be told.
 
 Every trial of ours notes which process trains it, and below which folder that writes its runs. A process of this
 machine that is gone will tell nothing any more. Of those on other machines nothing can be known here.
@@ -15,9 +15,10 @@ from typing import Any
 import optuna
 import psutil
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from cerebro_tune.executor import Cerebro
+from cerebro_tune.journal import NAME as JOURNAL
 from cerebro_tune_optuna import versions
 
 PROCESS = "process"
@@ -37,18 +38,29 @@ def this_process(executor: Cerebro) -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, "runs": runs}
 
 
-def tell(study: optuna.Study, executor: Cerebro) -> list[int]:
-    """Tell FAIL for what a killed process of this run directory has left behind; returns the numbers of the trials."""
-    here, told = this_process(executor), []
+def find(study: optuna.Study, executor: Cerebro) -> list[FrozenTrial]:
+    """What a killed process of this run directory has left behind."""
+    here, found = this_process(executor), []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         owner = trial.user_attrs.get(PROCESS)
         if owner is None or any(owner[key] != here[key] for key in ("host", "runs")) or _is_alive(owner):
             continue
-        with suppress(UpdateFinishedTrialError):  # another process has found it, too
-            versions.note(study, trial, "error", f"process {owner['pid']}, which trained it, has been killed")
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-            told.append(trial.number)
-    return told
+        found.append(trial)
+    return found
+
+
+def run_of(trial: FrozenTrial) -> tuple[Path | None, str]:
+    """The folder of the run that trained it, if that has a journal, and its id there."""
+    place = Path(trial.user_attrs.get("folder", ""))
+    return (place.parent if (place.parent / JOURNAL).exists() else None), place.name
+
+
+def tell(study: optuna.Study, trial: FrozenTrial, why: str = "") -> None:
+    """Tell FAIL for a trial that nobody goes on with."""
+    owner = trial.user_attrs[PROCESS]
+    with suppress(UpdateFinishedTrialError):  # another process has found it, too
+        versions.note(study, trial, "error", f"process {owner['pid']}, which trained it, has been killed{why}")
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:

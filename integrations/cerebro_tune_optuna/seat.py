@@ -52,6 +52,8 @@ class TrialSeat(Seat):
         self.mode = mode_of(trial.study)
         self.pruned = False
         """Whether its pruner has ended the trial."""
+        self.reported = 0
+        """The last step that Optuna has of it from a process that was killed."""
         self._began_s, self._seated = monotonic(), False
         trial.set_user_attr(left_over.PROCESS, left_over.this_process(executor))
 
@@ -75,7 +77,7 @@ class TrialSeat(Seat):
 
     def _report(self, report: Report) -> bool:
         """Hand a report on; False when somebody else has told the trial's end: a pruner of stale trials, a user."""
-        if self.metric is None or self.metric not in report:
+        if self.metric is None or self.metric not in report or report["training_iteration"] <= self.reported:
             return True
         try:
             self.trial.report(report[self.metric], report["training_iteration"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 from optuna.progress_bar import _ProgressBar
+from optuna.trial import FrozenTrial
 
 from cerebro_tune.errors import MissingHostError
 
@@ -77,3 +78,8 @@ def _has(study: optuna.Study, name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def again(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
+    """A trial that is running, as its objective had it: what it suggested it suggests again."""
+    return optuna.Trial(study, trial._trial_id)
