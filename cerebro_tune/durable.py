@@ -31,18 +31,28 @@ class DurableStates:
         self.folder = run_dir / FOLDER
         self._every, self._store, self._post, self._saved, self._failed = every, store, post, saved, failed
         self._files: dict[str, Path] = {}
+        self._writing: set[str] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cerebro-durable")
-        self.pending = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether a state is being written."""
+        return bool(self._writing)
 
     def due(self, units: int) -> bool:
         """Whether a state of so many units is one that is written."""
         return units % self._every == 0
 
     def begin(self, trial: str, units: int) -> None:
-        """Write the trial's committed state, which stays as it is until that is done."""
+        """Write the trial's committed state, which stays as it is until that is done.
+
+        One whose last state is still being written is left out: a slow disk would hold more and more of them in memory.
+        """
+        if trial in self._writing:
+            return
         held = f"{trial}@{units}"
         self._store.clone(held, trial)
-        self.pending += 1
+        self._writing.add(trial)
         done = self._thread.submit(self._write, held, trial, units)
         done.add_done_callback(lambda done: self._post(partial(self._conclude, held, trial, units, done)))
 
@@ -79,7 +89,7 @@ class DurableStates:
         return path
 
     def _conclude(self, held: str, trial: str, units: int, done: Future[Path]) -> None:
-        self.pending -= 1
+        self._writing.discard(trial)
         alive = self._store.holds(trial)
         self._store.release(held)
         if error := done.exception():

@@ -424,6 +424,10 @@ class Run:
                     self._wish(trial, Decision.STOP)  # joined with what the tuner answers to the report, if one is due
                 self._cool_if_paused(trial)
 
+    def _save_now(self, page: TrialPage) -> None:
+        if self._durable is not None:
+            self._durable.write_now(page.trial.id, page.units)
+
     def _saved(self, trial: str, units: int, file: str) -> None:
         self._ledger.note(SAVED, trial=trial, units=units, file=file)
 
@@ -555,8 +559,7 @@ class Run:
             self._apply(TrialCloned(trial, parent.trial.id), **facts)
             self._book.inherit(page, parent)
             self._store.clone(trial.id, parent.trial.id)
-            if self._durable is not None:
-                self._durable.write_now(trial.id, page.units)
+            self._save_now(page)
             self._ledger.sync()
         self._book.add(page)
         return trial.id
@@ -615,10 +618,18 @@ class Run:
         catch_up.run(
             [self._bring_back(page, past) for page in self._book if self._is_wanted(page, past)], self._stopped
         )
-        if self._durable is not None:
-            self._durable.clear_strays()
         if self._interrupted:
             return
+        for page in self._book:
+            if (
+                page.source is not None
+                and page.trial.id not in past.saved
+                and not self._hopper.status(page.trial.id).ended
+            ):
+                self._store.clone(page.trial.id, page.source)  # its row is the last: the source stands where it stood
+                self._save_now(page)
+        if self._durable is not None:
+            self._durable.clear_strays()
         self._results |= past.early
         for trial, status in past.ended.items():
             if trial not in past.released:
@@ -659,6 +670,8 @@ class Run:
         trial = page.trial.id
         if self._hopper.status(trial).ended:
             return trial not in past.released and self._exporter.due(page)
+        if page.source is not None and trial not in past.saved:
+            return False
         return page.units > 0 or trial in past.early
 
     def _bring_back(self, page: TrialPage, past: Past) -> Arrears:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,10 +168,14 @@ def test_a_run_stands_while_the_disk_is_full_and_loses_nothing(
 
     def full() -> None:
         def room() -> None:
+            written = tmp_path / "full" / "run-0000" / f"{NAME}-wal"
+            while not written.exists() or written.stat().st_size < 290_000:
+                time.sleep(0.01)
+            time.sleep(1.5)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-        threading.Timer(2.0, room).start()
+        threading.Thread(target=room).start()
         resumed_runs.fit(tmp_path / "full")
 
     assert resumed_runs.in_child(full) == 0

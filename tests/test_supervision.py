@@ -37,7 +37,7 @@ def test_a_worker_that_hangs_is_replaced(
     found = []
     for stuck in (how, None):
         config = {"lr": 0.1, "marks": str(tmp_path), "how": stuck}
-        with Cerebro(**options | {"backend": "local", "policy": "fixed", "unit_deadline_s": 1.5}) as cerebro:
+        with Cerebro(**options | {"backend": "local", "policy": "fixed", "unit_deadline_s": 3.0}) as cerebro:
             found.append(cerebro.fit(Stuck, [config, {"lr": 0.01, "marks": str(tmp_path)}], metric="val_loss"))
     assert (tmp_path / "stuck").exists()
     assert outcome(found[0]) == outcome(found[1])
@@ -51,7 +51,7 @@ def test_one_that_hangs_again_and_again_fails_its_trial_only(options: dict[str, 
                 time.sleep(3600)
             return super().run_unit(work)
 
-    changed = {"backend": "local", "unit_deadline_s": 0.8, "max_failures": 1}
+    changed = {"backend": "local", "unit_deadline_s": 2.5, "max_failures": 1}
     with Cerebro(**options | changed) as cerebro:
         good, bad = cerebro.fit(Always, [{"lr": 0.1}, {"lr": 1.0}])
     assert (good.status, bad.status) == ("finished", "failed")
