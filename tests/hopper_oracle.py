@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cerebro_tune.events import (
     Event,
+    RunResumed,
     TrialAdded,
     TrialCloned,
     TrialRestored,
@@ -84,6 +85,9 @@ class Ledger:
                 self.away.discard(worker)
             case WorkerLost(worker):
                 self.lose(worker)
+            case RunResumed():
+                for worker in list(self.holdings):
+                    self.lose(worker)
             case WorkerStayedAway(worker):
                 self.away.add(worker)
             case UnitFinished() | UnitFailed():
@@ -229,6 +233,10 @@ class Model:
             self.status[unit.trial] = Status.DECIDING
         else:
             self.wishes(unit.trial)
+
+    def returned(self, trial: str) -> None:
+        """Its unit was lost with the coordinator, which is nobody's failure."""
+        self.wishes(trial)
 
     def died(self, trial: str) -> None:
         self.deaths[trial] += 1

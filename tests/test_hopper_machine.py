@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cerebro_tune.errors import IllegalEventError
+from cerebro_tune.eventcodec import to_event, to_plain
 from cerebro_tune.events import (
     Event,
+    RunResumed,
     SearchEnded,
     TrialAdded,
     TrialCloned,
@@ -62,7 +66,9 @@ class HopperMachine(RuleBasedStateMachine):
         self.greedy = policy == "random" or (policy == "auto" and placement == "shared")
         chosen = PackedPolicy(logical=self.logical) if policy.startswith("packed") else policy
         self.limit = options["live_trials"]
-        self.hopper = Hopper([Shard(index, 1) for index in range(shards)], policy=chosen, **options)
+        self.make = partial(Hopper, [Shard(index, 1) for index in range(shards)], policy=chosen, **options)
+        self.hopper = self.make()
+        self.log: list[tuple[str, str, list[Any]]] = []  # as the journal of a run has it
         self.ledger = Ledger(shards, logical=self.logical)
         report_units = options["report_every"] == "unit"
         self.model = Model(shards, report_units=report_units, max_failures=options["max_failures"])
@@ -75,7 +81,9 @@ class HopperMachine(RuleBasedStateMachine):
         committed = self.hopper.progress(event.source)[1] if isinstance(event, TrialCloned) else 0
         running = self.hopper.job_of(event.worker) if isinstance(event, WorkerLost) else None
         lost = [unit.trial for unit in self.ledger.open[running][1]] if running else []
+        returned = [unit.trial for _, units in self.ledger.open.values() for unit in units]
         orders = self.hopper.apply(event)
+        self.log.append((type(event).__name__, json.dumps(to_plain(event)), orders))
         self.ledger.told(event, orders, committed)
         self.dispatched = False
         match event:
@@ -93,10 +101,27 @@ class HopperMachine(RuleBasedStateMachine):
                 self.model.status[unit.trial] = Status.FAILED
         for trial in lost:
             self.model.died(trial)
+        for trial in returned if isinstance(event, RunResumed) else ():
+            self.model.returned(trial)
+
+    @rule()
+    def die_and_go_on(self) -> None:
+        """The coordinator dies, and the next one tells a new machine what the journal has."""
+        again = self.make()
+        for kind, text, orders in self.log:
+            assert orders == (again.apply(to_event(kind, json.loads(text))) if kind else again.dispatch())
+        assert again.trials == self.hopper.trials
+        for trial in again.trials:
+            assert again.story(trial) == self.hopper.story(trial)
+            assert again.visited(trial) == self.hopper.visited(trial)
+        self.hopper = again
+        self.tell(RunResumed())
 
     @rule()
     def dispatch(self) -> None:
-        for order in self.hopper.dispatch():
+        orders = self.hopper.dispatch()
+        self.log.append(("", "", orders))
+        for order in orders:
             self.ledger.ordered(order)
             for unit in order.units:
                 self.model.status[unit.trial] = Status.RUNNING
