@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,11 @@ class TrialBook:
 
     def __len__(self) -> int:
         return len(self._pages)
+
+    @property
+    def ids(self) -> Collection[str]:
+        """Ids of the trials, in order."""
+        return self._pages.keys()
 
     def recipe_of(self, page: TrialPage) -> Recipe:
         """The trial's own recipe, or the run's."""

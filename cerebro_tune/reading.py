@@ -8,13 +8,13 @@ from pathlib import Path
 
 from cerebro_tune.buffers import Mapped
 from cerebro_tune.durable import FOLDER
-from cerebro_tune.errors import CerebroError, ConfigurationError
+from cerebro_tune.errors import CerebroError, ConfigurationError, DamagedJournalError
 from cerebro_tune.eventcodec import is_event, to_event
 from cerebro_tune.events import TrialAdded, TrialCloned, UnitFailed, UnitFinished
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.journal import Row, read_journal
 from cerebro_tune.manifest import manifest_of
-from cerebro_tune.recovery import DISPATCHED, SAVED, starts_plain
+from cerebro_tune.recovery import DISPATCHED, SAVED, sound, starts_plain, understood
 from cerebro_tune.statefile import load_into
 from cerebro_tune.units import Shard
 
@@ -64,7 +64,8 @@ class RunReading:
             seed=about["seed"],
         )
         for row in rows[1:]:
-            self._take(row)
+            with understood(row):
+                self._take(sound(row, self.trials.keys()))
         for trial in self.trials.values():
             _, trial.units, trial.total = self._hopper.progress(trial.id)
             trial.status = self._hopper.status(trial.id).value
@@ -75,7 +76,9 @@ class RunReading:
             starts = starts_plain(self._hopper.dispatch())
             self.decisions += len(starts)
             if starts != body["starts"]:
-                raise CerebroError(f"Row {row.number} has the orders {body['starts']}; made again they are {starts}.")
+                raise DamagedJournalError(
+                    f"Row {row.number} of the journal has the orders {body['starts']}; made again they are {starts}."
+                )
         elif row.kind == SAVED:
             self.trials[body["trial"]].state = body["file"]
         elif is_event(row.kind):

@@ -6,13 +6,14 @@ trained since is trained again, in the order of the visits and without a report,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from cerebro_tune.book import TrialBook, TrialPage
 from cerebro_tune.configtext import config_text
-from cerebro_tune.errors import ConfigurationError, DamagedJournalError
+from cerebro_tune.errors import ConfigurationError, DamagedJournalError, IllegalEventError, InvariantError
 from cerebro_tune.eventcodec import is_event, to_event
 from cerebro_tune.events import TrialAdded, TrialCloned, TrialDecided, UnitFailed, UnitFinished, WorkerLost
 from cerebro_tune.hopper import Hopper
@@ -86,6 +87,35 @@ def starts_plain(starts: Iterable[StartJob]) -> list[Any]:
     return [[s.job, s.worker.number, [[u.trial, u.epoch, u.shard] for u in s.units]] for s in starts]
 
 
+def sound(row: Row, trials: Collection[str]) -> Row:
+    """The row, if its kind is known and its names, of which paths are made, are a run's; `trials` are there already."""
+    body, kind = row.body, row.kind
+    if kind in ("TrialAdded", "TrialCloned", "TrialRestored"):
+        good = body["event"]["trial"]["id"] == f"trial-{len(trials):04d}"
+    elif kind == SAVED:
+        good = body["trial"] in trials and body["file"] == f"{body['trial']}-{int(body['units'])}.safetensors"
+    elif kind == RELEASED:
+        good = body["trial"] in trials and body["last"] in (None, "best", "last")
+    else:
+        good = is_event(kind) or kind in (MANIFEST, DISPATCHED, WISHED, MOVED)
+    if not good:
+        raise DamagedJournalError(f"Row {row.number} of the journal, {kind}, is not as a run writes it: {body}.")
+    return row
+
+
+@contextmanager
+def understood(row: Row) -> Iterator[None]:
+    """A row that cannot be what a run writes is damage, whatever it makes of the code that reads it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IllegalEventError, InvariantError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise DamagedJournalError(
+            f"Row {row.number} of the journal, {row.kind}, is none of a run: {error!r}"
+        ) from error
+
+
 def retell(rows: Sequence[Row], hopper: Hopper, book: TrialBook, shards: int, given: Given) -> Past:
     """Bring a new machine and a new book to where the journal ends.
 
@@ -95,7 +125,8 @@ def retell(rows: Sequence[Row], hopper: Hopper, book: TrialBook, shards: int, gi
     """
     teller = _Teller(hopper, book, shards, given)
     for row in rows:
-        teller.take(row)
+        with understood(row):
+            teller.take(sound(row, book.ids))
     return teller.past
 
 
@@ -124,8 +155,6 @@ class _Teller:
             page.last_checkpoint = None if body["last"] is None else self._book.path(page, body["last"])
         elif row.kind == WISHED:
             self._book[body["trial"]].wish = Decision(body["decision"])
-        elif row.kind not in (MANIFEST, MOVED):
-            raise DamagedJournalError(f"Row {row.number} is a {row.kind!r}, which this version does not know.")
 
     def _event(self, row: Row) -> None:
         event = to_event(row.kind, row.body["event"])

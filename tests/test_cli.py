@@ -79,11 +79,10 @@ def test_verify_finds_damage(folder: Path, tmp_path: Path) -> None:
     told = run("verify", dead)
     assert told.exit_code == 1
     assert f"{state} is damaged" in told.output
-    journal = bytearray((dead / NAME).read_bytes())
-    journal[len(journal) // 2] ^= 1
-    (dead / NAME).write_bytes(journal)
-    for beside in ("-wal", "-shm"):
-        (dead / f"{NAME}{beside}").unlink(missing_ok=True)
+    beside = dead / f"{NAME}-wal"
+    rows = bytearray(beside.read_bytes())
+    rows[len(rows) // 2] ^= 1
+    beside.write_bytes(rows)
     told = run("show", dead)
     assert (told.exit_code, "is damaged" in told.output) == (1, True)
 
@@ -94,7 +93,7 @@ def test_replay_makes_decisions_again_and_trains_a_trial_again(folder: Path) -> 
     sets = folder.parent.parent
     words = ["--train", sets / "train", "--validation", sets / "validation", "--trainable", "resumed_runs:Mixed"]
     told = run("replay", folder, "--trial", "trial-0001", *words)
-    assert (told.exit_code, told.output) == (0, "trial-0001: 5 units trained again, 0 gave another state.\n")
+    assert (told.exit_code, told.output) == (0, "trial-0001: 5 units trained again, of which 0 gave another state.\n")
     assert run("replay", folder, "--trial", "trial-0001").exit_code == 2
     assert "cannot be imported" in run("replay", folder, "--trial", "trial-0001", *words[:-1], "nothing:Net").output
 

@@ -35,6 +35,7 @@ from cerebro_tune.events import (
     WorkerStayedAway,
 )
 from cerebro_tune.journal import NAME, Journal, read_journal
+from cerebro_tune.reading import RunReading
 from cerebro_tune.units import Decision, Trial, Unit, WorkerId
 
 DAMAGES = 500
@@ -182,6 +183,57 @@ def test_a_run_stands_while_the_disk_is_full_and_loses_nothing(
     assert "the run stands still: the run's journal could not be written" in capfd.readouterr().err
     found, expected = (resumed_runs.fit(tmp_path / name) for name in ("full", "whole"))
     assert [result.visits for result in found] == [result.visits for result in expected]
+
+
+MALICE = [
+    ("Saved", {"trial": "trial-0000", "units": 3, "file": file})
+    for file in ("../../victim", "/etc/passwd", "trial-0000-4.safetensors", "", ".", "..", "a/b", "trial-0000-3.ckpt")
+]
+MALICE += [
+    ("Released", {"trial": "trial-0000", "last": last}) for last in ("../../victim", "/etc/passwd", "", "last/..")
+]
+MALICE += [
+    (
+        kind,
+        {
+            "event": {"trial": {"id": name, "index": 1, "epochs": 1}, **more},
+            "config": {},
+            "text": "{}",
+            "batch_size": 1,
+        },
+    )
+    for name in ("../../victim", "/tmp", "trial-0000", "trial-0002", "")
+    for kind, more in (("TrialAdded", {}), ("TrialCloned", {"source": "trial-0000"}))
+]
+MALICE += [
+    ("TrialDecided", {"event": {"trial": "nobody", "decision": "stop"}}),
+    ("TrialDecided", {"event": {"trial": "trial-0000", "decision": "__import__"}}),
+    ("UnitFinished", {"event": {"job": 1e9, "unit": {"trial": "trial-0000", "epoch": 0, "shard": 0}, "elapsed_s": 1}}),
+    ("UnitFinished", {"event": None}),
+    ("UnitFailed", {}),
+    ("WorkerLost", {"event": {"worker": {"number": []}}}),
+    ("Dispatched", {"starts": [[1, 0, [["trial-0000", 0, 0]]]]}),
+    ("Dispatched", {}),
+    ("builtins.eval", {"event": {}}),
+]
+"""Rows with a hash that fits, which no run writes."""
+
+
+@pytest.mark.parametrize(("kind", "body"), MALICE)
+def test_rows_that_no_run_writes_are_refused(tmp_path: Path, train: Any, validation: Any, kind: str, body: Any) -> None:
+    for data in (train, validation):
+        (tmp_path / ("train" if data is train else "validation")).symlink_to(data.path)
+    assert resumed_runs.in_child(lambda: (resumed_runs.die_at(9, False), resumed_runs.fit(tmp_path / "runs"))) == -9
+    victim = tmp_path / "runs" / "victim"
+    victim.write_text("is still here")
+    journal = Journal(tmp_path / "runs" / "run-0000")
+    journal.append(kind, **body)
+    journal.close()
+    with pytest.raises(DamagedJournalError, match=r"Row 10|row 10"):
+        resumed_runs.fit(tmp_path / "runs")
+    with pytest.raises(DamagedJournalError, match=r"Row 10"):
+        RunReading(tmp_path / "runs" / "run-0000")
+    assert victim.read_text() == "is still here"
 
 
 TRIALS = st.builds(Trial, st.text(max_size=8), st.integers(0, 99), st.integers(1, 99))
