@@ -34,10 +34,12 @@ from cerebro_tune.events import (
     WorkerLost,
     WorkerStayedAway,
 )
-from cerebro_tune.journal import NAME, Journal, read_journal
+from cerebro_tune.journal import FORMAT, MANIFEST, NAME, Journal, read_journal
 from cerebro_tune.reading import RunReading
 from cerebro_tune.units import Decision, Trial, Unit, WorkerId
 
+GOLDEN = Path(__file__).parent / "golden" / "format-1"
+"""The journal of a run that died once and was taken up, as the first version that kept one wrote it."""
 DAMAGES = 500
 """Files that are cut or have a bit flipped, in all."""
 
@@ -183,6 +185,29 @@ def test_a_run_stands_while_the_disk_is_full_and_loses_nothing(
     assert "the run stands still: the run's journal could not be written" in capfd.readouterr().err
     found, expected = (resumed_runs.fit(tmp_path / name) for name in ("full", "whole"))
     assert [result.visits for result in found] == [result.visits for result in expected]
+
+
+def test_a_run_of_this_format_opens_for_ever() -> None:
+    reading = RunReading(GOLDEN)
+    assert [(trial.status, trial.units, trial.total) for trial in reading.trials.values()] == [
+        ("finished", 8, 8), ("stopped", 5, 8), ("failed", 6, 8), ("finished", 4, 4),
+    ]  # fmt: skip
+    assert (reading.rows, reading.decisions) == (93, 25)
+    assert reading.manifest["about"]["trainable"] == "Mixed"
+    assert sorted(path.name for path in GOLDEN.iterdir()) == [NAME]
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, train: Any, validation: Any) -> None:
+    for data in (train, validation):
+        (tmp_path / ("train" if data is train else "validation")).symlink_to(data.path)
+    journal = Journal(tmp_path / "runs" / "run-0000")
+    journal.append(MANIFEST, format=FORMAT + 1, about={}, environment={"cerebro-tune": "9.0"})
+    journal.close()
+    told = f"has format {FORMAT + 1}, and this version of cerebro_tune writes and reads {FORMAT}.*'cerebro-tune': '9.0'"
+    with pytest.raises(ConfigurationError, match=told):
+        RunReading(tmp_path / "runs" / "run-0000")
+    with pytest.raises(ConfigurationError, match=told):
+        resumed_runs.fit(tmp_path / "runs")
 
 
 MALICE = [
