@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, settings
 
+import soak
 from cerebro_tune import ShardedDataset
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -28,6 +29,13 @@ settings.load_profile("default")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with Ray come last: once it runs, processes and sockets of its own come and go until the session ends."""
     items.sort(key=lambda item: "ray_session" in getattr(item, "fixturenames", ()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests of faults did."""
+    if soak.told:
+        terminalreporter.section("faults")
+        terminalreporter.write_line("\n".join(soak.told))
 
 
 def pytest_collection_finish() -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from itertools import count, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import resumed_runs
+import soak
 from cerebro_tune.errors import ConfigurationError, DamagedJournalError, RunBusyError
 from cerebro_tune.eventcodec import to_event, to_plain
 from cerebro_tune.events import (
@@ -93,7 +95,8 @@ def test_flipped_bits_are_refused_and_cut_files_open_as_what_is_whole(tmp_path: 
     refused = unharmed = shorter = 0
     source = copied(tmp_path / "run", tmp_path / "source")
     files = [path.name for path in source.iterdir() if path.name.startswith(NAME)]
-    for number in range(DAMAGES // 2):
+    longer = soak.Loop()
+    for number in takewhile(lambda number: number < DAMAGES // 2 or longer, count()):
         name = chance.choice(files)
         folder = copied(source, tmp_path / "damaged")
         content = bytearray((folder / name).read_bytes())
@@ -119,7 +122,9 @@ def test_flipped_bits_are_refused_and_cut_files_open_as_what_is_whole(tmp_path: 
             # A flip in the last bytes written looks as a write that a loss of power has torn.
             assert cut or found == whole or (name.endswith("-wal") and len(found) >= len(whole) - 1)
         shutil.rmtree(folder)
-    print(f"{refused} refused, {unharmed} unharmed, {shorter} opened as what was whole")
+    state = "that was closed" if closed else "of a killed process"
+    told = f"{refused} refused, {shorter} opened as what was whole, {unharmed} hit nothing that is read"
+    soak.tell(f"{number + 1} times a journal {state} was cut or had a bit flipped: {told}")
     assert refused > 20
     assert shorter > 20
     journal.close()

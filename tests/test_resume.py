@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 
 import nets
 import resumed_runs
+import soak
 from cerebro_tune import Cerebro, Decision, ShardedDataset
 from cerebro_tune.errors import ConfigurationError, RunBusyError
 from cerebro_tune.journal import Journal, read_journal
@@ -72,21 +75,30 @@ def test_a_death_at_every_row_of_the_journal(sets: Path, undisturbed: Any) -> No
         units_once(folder)
         left = {path.name for path in (folder / "run-0000").iterdir()}
         assert left == {"journal.sqlite", "lock", *(f"trial-{number:04d}" for number in range(4))}
+    soak.tell(f"{rows} deaths, one at each row of a run's journal: each ended as the undisturbed run, bit for bit")
 
 
-def test_a_second_death_in_the_middle_of_the_recovery(sets: Path, undisturbed: Any) -> None:
-    for row in range(5, len(journal_of(sets / "undisturbed")), 9):
-        folder = sets / f"twice-{row}"
+def test_further_deaths_in_the_middle_of_the_recovery(sets: Path, undisturbed: Any) -> None:
+    rows, deaths, longer, chance = len(journal_of(sets / "undisturbed")), 0, soak.Loop(), random.Random(4)
+    first = range(5, rows, 9)
+    for number, row in enumerate(chain(first, iter(lambda: chance.randrange(rows), None))):
+        if number >= len(first) and not longer:
+            break
+        folder = sets / f"again-{number}"
         for further in (row, row + 1, row + 4, row + 5):
-            assert in_child(lambda row=further, folder=folder: (die_at(row, False), fit(folder))) in (-9, 0)
+            died = in_child(lambda row=further, folder=folder: (die_at(row, False), fit(folder)))
+            assert died in (-9, 0)
+            deaths += died == -9
         assert ended(fit(folder)) == ended(undisturbed)
         units_once(folder)
+        shutil.rmtree(folder)
+    soak.tell(f"{deaths} deaths within recoveries, none of which changed a bit")
 
 
 def test_kills_at_random_moments_with_worker_processes(sets: Path, undisturbed: Any) -> None:
-    chance, kills, runs = random.Random(3), 0, 0
+    chance, kills, runs, longer = random.Random(3), 0, 0, soak.Loop()
     rows = len(journal_of(sets / "undisturbed"))
-    while kills < KILLS:
+    while kills < KILLS or longer:
         folder = sets / f"killed-{runs}"
         runs += 1
         goal = 0
@@ -95,7 +107,7 @@ def test_kills_at_random_moments_with_worker_processes(sets: Path, undisturbed: 
             kills += killed(folder, goal, workers=2)
         assert ended(fit(folder)) == ended(undisturbed)
         units_once(folder)
-    print(f"{kills} coordinators killed in {runs} runs, all of which ended as the undisturbed one")
+    soak.tell(f"{kills} coordinators killed in {runs} runs, all of which ended as the undisturbed one, bit for bit")
 
 
 def test_it_goes_on_with_other_numbers_of_workers(sets: Path) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nets
+import soak
 from cerebro_tune import Cerebro
 from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.workers.local import LocalWorkers
 from runs import outcome
+
+KILLS = 100
+"""Of workers, in all."""
 
 
 class Stuck(nets.Deep):
@@ -56,6 +64,47 @@ def test_one_that_hangs_again_and_again_fails_its_trial_only(options: dict[str, 
         good, bad = cerebro.fit(Always, [{"lr": 0.1}, {"lr": 1.0}])
     assert (good.status, bad.status) == ("finished", "failed")
     assert "a unit of its has not ended in" in str(bad.error)
+
+
+class Brief(nets.Deep):
+    """Takes long enough for a unit to be killed in it."""
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        time.sleep(0.02)
+        return super().run_unit(work)
+
+
+def test_workers_killed_at_random_moments_change_nothing(options: dict[str, Any]) -> None:
+    configs = [{"lr": 0.1}, {"lr": 0.03}, {"lr": 0.01}]
+    options |= {"backend": "local", "policy": "fixed", "max_failures": 1000, "epochs": 3}
+    with Cerebro(**options) as cerebro:
+        undisturbed = outcome(cerebro.fit(Brief, configs, metric="val_loss"))
+    chance, kills, runs, longer = random.Random(2), 0, 0, soak.Loop()
+    while kills < KILLS or longer:
+        with Cerebro(**options) as cerebro:
+            over, killed = threading.Event(), []
+            killer = threading.Thread(target=_kill_now_and_then, args=(cerebro, chance, over, killed))
+            killer.start()
+            try:
+                found = cerebro.fit(Brief, configs, metric="val_loss")
+            finally:
+                over.set()
+                killer.join()
+            assert outcome(found) == undisturbed
+        kills, runs = kills + len(killed), runs + 1
+    soak.tell(f"{kills} workers killed in {runs} runs, none of which ended otherwise, bit for bit")
+
+
+def _kill_now_and_then(cerebro: Cerebro, chance: random.Random, over: threading.Event, killed: list[int]) -> None:
+    """Kill workers that run a unit."""
+    while not over.wait(chance.uniform(0.01, 0.1)):
+        workers, run = cerebro._workers, cerebro.current
+        busy = [] if run is None else list(run._crew.running)
+        pids = workers.pids if isinstance(workers, LocalWorkers) else {}
+        if busy and (pid := pids.get(chance.choice(busy))) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
 
 
 def test_a_deadline_is_a_number_of_seconds(options: dict[str, Any]) -> None:
