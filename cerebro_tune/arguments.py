@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 
 from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.journal import LOCK
 from cerebro_tune.journal import NAME as JOURNAL
 from cerebro_tune.settings import whole_number
 from cerebro_tune.trainable import Config
@@ -90,6 +92,12 @@ def new_folder(base: Path | None, name: str) -> Path:
             return folder.absolute()
 
 
+DATA_FILE = "data.json"
+"""In a run's folder: what its index was made from, which must still be so when the run is taken up again."""
+LEFT_BEHIND = {DATA_FILE, JOURNAL, LOCK}
+"""What a run that has done nothing leaves there."""
+
+
 def run_folder(base: Path | None, name: str, number: int, resume: str) -> Path:
     """The folder of the run that is number `number` of an executor's, which may be there from another time."""
     if base is None or resume == "never":
@@ -99,12 +107,19 @@ def run_folder(base: Path | None, name: str, number: int, resume: str) -> Path:
     folder = (base / f"run-{number:04d}").absolute()
     if resume == "must" and not (folder / JOURNAL).exists():
         raise ConfigurationError(f"resume='must', and there is no run in {folder}; resume='auto' begins one.")
-    if folder.exists() and not (folder / JOURNAL).exists():
+    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if left - LEFT_BEHIND and JOURNAL not in left:
         raise ConfigurationError(
             f"{folder} is of a run that cannot be taken up: give another run_dir, or resume='never' for one beside it."
         )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def remove_untouched(folder: Path) -> None:
+    """Remove the folder of a run that has done nothing, if there is nothing else in it."""
+    if all(path.name in LEFT_BEHIND for path in folder.iterdir()):
+        shutil.rmtree(folder)
 
 
 def at_least(least: int, **named: Any) -> int:

@@ -188,10 +188,10 @@ class TrialBook:
         """Where a worker writes what may become the best: it is not until the unit is committed and reported."""
         return self.path(page, f"best.{units}")
 
-    def clear_staged(self) -> None:
-        """Remove what was written by units that were not committed."""
+    def clear_staged(self, early: Collection[str]) -> None:
+        """Remove what was written by units that were not committed, but for trials whose next one ended `early`."""
         for page in self:
-            for path in self.path(page, "best").parent.glob("best.[0-9]*"):
+            for path in () if page.trial.id in early else self.path(page, "best").parent.glob("best.[0-9]*"):
                 path.unlink()
 
     def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:

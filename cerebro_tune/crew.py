@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cerebro_tune.run import Run
 
 _LEAST_DEADLINE_S, _SLOWER_THAN_ANY = 30.0, 5.0
-"""A unit that takes longer than this, and so many times longer than the slowest one yet, hangs."""
+"""A unit that takes longer than this, and so many times longer than its trial's slowest one yet, hangs."""
 _FUTILE_STARTS = 3
 """A worker that dies this often in a row before it is ready will not come up at all."""
 
@@ -32,8 +32,8 @@ class Crew:
         self.ids = workers.ids
         self.running: dict[WorkerId, Unit] = {}
         self._given_s: dict[WorkerId, float] = {}
-        self._slowest_s: float | None = None
-        """Of the units that ended so far."""
+        self._slowest_s: dict[str, float] = {}
+        """Of the units of each trial that ended so far."""
         self.unready: set[WorkerId] = set()
         """Workers that were told of the run and have not answered."""
         self.late: set[WorkerId] = set()
@@ -50,37 +50,34 @@ class Crew:
     def ended(self, worker: WorkerId, whole: bool = True) -> Unit | None:
         """The unit that a worker ran; `whole` says that it came to its end, and not the worker to his."""
         took_s = monotonic() - self._given_s.pop(worker, monotonic())
-        if whole:
-            self._slowest_s = max(took_s, self._slowest_s or 0.0)
-        return self.running.pop(worker, None)
+        unit = self.running.pop(worker, None)
+        if unit is not None and whole:
+            self._slowest_s[unit.trial] = max(took_s, self._slowest_s.get(unit.trial, 0.0))
+        return unit
 
     def silent(self) -> list[Lost]:
         """Workers that run a unit for longer than can be explained: they hang, or were stopped."""
-        limit_s = self._limit_s
         now = monotonic()
+        took_s = {worker: now - given_s for worker, given_s in self._given_s.items()}
         return [
-            Lost(
-                worker,
-                f"a unit of its has not ended in {now - given_s:.0f} s, and {limit_s:.0f} s are allowed",
-            )
-            for worker, given_s in self._given_s.items()
-            if now - given_s > limit_s
+            Lost(worker, f"a unit of its has not ended in {s:.0f} s, and {self._limit_s(worker):.0f} s are allowed")
+            for worker, s in took_s.items()
+            if s > self._limit_s(worker)
         ]
 
     @property
     def patience_s(self) -> float | None:
         """Seconds until `silent` may have somebody to tell of; None where nobody can hang."""
-        if not self._given_s or self._limit_s == inf:
-            return None
-        return max(0.0, min(self._given_s.values()) + self._limit_s - monotonic()) + 0.01
+        ends = min((given_s + self._limit_s(worker) for worker, given_s in self._given_s.items()), default=inf)
+        return None if ends == inf else max(0.0, ends - monotonic()) + 0.01
 
-    @property
-    def _limit_s(self) -> float:
+    def _limit_s(self, worker: WorkerId) -> float:
         if not self._workers.may_hang:
             return inf
         if self._settings.unit_deadline_s is not None:
             return self._settings.unit_deadline_s
-        return inf if self._slowest_s is None else max(_LEAST_DEADLINE_S, _SLOWER_THAN_ANY * self._slowest_s)
+        slowest_s = self._slowest_s.get(self.running[worker].trial)  # trials differ: none says how long another takes
+        return inf if slowest_s is None else max(_LEAST_DEADLINE_S, _SLOWER_THAN_ANY * slowest_s)
 
     @property
     def awaited(self) -> Set[WorkerId]:

@@ -46,9 +46,10 @@ class DurableStates:
     def begin(self, trial: str, units: int) -> None:
         """Write the trial's committed state, which stays as it is until that is done.
 
-        One whose last state is still being written is left out: a slow disk would hold more and more of them in memory.
+        One whose last state is still being written is left out, or for which there would be no room beside the others:
+        a slow disk would hold more and more of them in memory.
         """
-        if trial in self._writing:
+        if trial in self._writing or not self._store.has_room(trial):
             return
         held = f"{trial}@{units}"
         self._store.clone(held, trial)

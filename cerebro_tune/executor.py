@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import threading
 import weakref
@@ -18,11 +17,13 @@ from types import TracebackType
 from typing import Any
 
 from cerebro_tune.arguments import (
+    DATA_FILE,
     at_least,
     check_rows,
     edited_since,
     listed,
     one_of,
+    remove_untouched,
     run_folder,
 )
 from cerebro_tune.budget import state_budget
@@ -32,12 +33,12 @@ from cerebro_tune.data.index import IndexedDataset
 from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.feed import Feed
 from cerebro_tune.given import GivenData, take
-from cerebro_tune.journal import LOCK, Journal, read_journal
 from cerebro_tune.journal import NAME as JOURNAL
+from cerebro_tune.journal import Journal, is_remote, read_journal
 from cerebro_tune.loading import check_keys
 from cerebro_tune.manifest import about_run, as_before, check_same, environment, manifest_of, open_run, refusal
 from cerebro_tune.policy import Policy
-from cerebro_tune.progress import make_progress
+from cerebro_tune.progress import Progress, make_progress
 from cerebro_tune.recovery import Given, Replayed
 from cerebro_tune.results import Results, TrialResult
 from cerebro_tune.run import Run
@@ -85,7 +86,7 @@ class Cerebro:
         state_memory: Memory for the states of trials: "50%" of what there is, "8GB", or bytes.
         max_failures: How many workers may die in a trial's own units before it counts as failed.
         unit_deadline_s: Seconds after which a unit hangs, and its worker is replaced; None for five times the slowest
-            unit so far, and at least 30.
+            unit of its trial so far, and at least 30.
         run_dir: Where runs write, each into its own folder; None for `runs/<time>-<name>`, which nobody takes up.
         resume: What `fit` does with the folder that an earlier run of this `run_dir` has left: "auto" goes on where
             that ended, or returns its results, and is refused where that run was of something else; "never" begins a
@@ -334,20 +335,24 @@ class Cerebro:
         if folder is None:
             in_turn = isinstance(given, Sequence)  # others are looked for by their tuner
             folder = run_folder(self.run_dir, recipe.name, self._runs, self.resume if in_turn else "never")
-        if isinstance(self.train, IndexedDataset):
-            self.train.manifest.write(folder / DATA_FILE)
-        settings = replace(
-            self._settings(self._workers, recipe, metric, mode, folder),
-            keep=keep or self.keep,
-            policy=policy or self.policy,
-            live_trials=None if hosted else self.live_trials,
-        )
-        journal = None if hosted else Journal(settings.run_dir)
+        journal = None
         try:
-            run = self._run_of(settings, recipe, tuner, journal, given)
+            settings = replace(
+                self._settings(self._workers, recipe, metric, mode, folder),
+                keep=keep or self.keep,
+                policy=policy or self.policy,
+                live_trials=None if hosted else self.live_trials,
+            )
+            if not hosted and (self.run_dir is not None or not is_remote(folder)):  # one without a name is not taken up
+                journal = Journal(folder)
+            run = self._run_of(
+                settings, recipe, tuner, journal, given, make_progress(False if hosted else self._progress)
+            )
         except BaseException:
             if journal is not None:
                 journal.close()
+            if not (journal.rows if journal is not None else (folder / JOURNAL).exists()):
+                remove_untouched(folder)
             raise
         self._runs += 1
         self._current = self._grower.run = run
@@ -360,15 +365,19 @@ class Cerebro:
         tuner: Tuner,
         journal: Journal | None,
         given: Given | None,
+        progress: Progress,
     ) -> Run:
         """The run, brought to where its journal ends if it has one already."""
         assert self._workers is not None, "started"
-        progress = make_progress(False if journal is None else self._progress)
         if journal is not None:
-            now = environment(self._workers.threads)
-            settings = open_run(journal, about_run(settings, recipe, self._fingerprints), now, settings)
-            if given is not None:
+            number = len(given) if isinstance(given, Sequence) else None
+            about = about_run(settings, recipe, self._fingerprints, self.loader, number)
+            but = ("trainable", "source") if isinstance(given, Mapping) else ()  # its trials may bring their own
+            settings = open_run(journal, about, environment(self._workers.threads), settings, but)
+            if given is not None and self.run_dir is not None:
                 settings = replace(settings, durable_every=self._durable_every or settings.shards)
+        if isinstance(self.train, IndexedDataset) and not (journal and journal.rows):
+            self.train.manifest.write(settings.run_dir / DATA_FILE)
         store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
         run = Run(self._workers, store, recipe, settings, tuner, progress, journal)
         if journal is not None and given is not None and journal.rows:
@@ -401,7 +410,8 @@ class Cerebro:
         with tempfile.TemporaryDirectory() as scratch:
             settings = self._settings(self._workers, recipe, before["metric"], before["mode"], Path(scratch))
             settings = replace(settings, keep=before["keep"])
-            check_same(before, about_run(settings, recipe, self._fingerprints), folder)
+            about = about_run(settings, recipe, self._fingerprints, self.loader, None)
+            check_same(before, about, folder, but=("configs",))
             settings = as_before(settings, manifest)
             store = StateStore(self.state_memory_bytes, settings.run_dir / "spill")
             run = Run(self._workers, store, recipe, settings, TrainAll(), make_progress(False))
@@ -467,9 +477,8 @@ class Cerebro:
         """End a run where it is; its folder goes, if there is nothing in it."""
         run.close()
         self._current = self._grower.run = None
-        folder = run.settings.run_dir
-        if not run.units and not run.taken_up and all(path.name in LEFT_BEHIND for path in folder.iterdir()):
-            shutil.rmtree(folder)
+        if not run.units and not run.taken_up:
+            remove_untouched(run.settings.run_dir)
 
     def _settings(self, workers: Workers, recipe: Recipe, metric: str | None, mode: str, folder: Path) -> RunSettings:
         spec = RunSpec(
@@ -495,9 +504,3 @@ class Cerebro:
             spec=spec,
             run_dir=folder,
         )
-
-
-DATA_FILE = "data.json"
-"""In a run's folder: what its index was made from, which must still be so when the run is taken up again."""
-LEFT_BEHIND = {DATA_FILE, JOURNAL, LOCK}
-"""What a run that has done nothing leaves there."""

@@ -13,7 +13,6 @@ does not open. Nothing in here is executed, and readers change nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -256,7 +255,7 @@ def _take_lock(path: Path) -> int:
     """Hold a lock for as long as this process lives, or until the descriptor is closed."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
     except BlockingIOError:
         holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
         os.close(descriptor)
@@ -268,10 +267,23 @@ def _take_lock(path: Path) -> int:
     return descriptor
 
 
-def _check_local(folder: Path) -> None:
+def _lock(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows, where only the inline backend runs: whoever shares a run there is not noticed
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_remote(folder: Path) -> str:
+    """The name of the network file system that a folder is on; empty where it is on a disk of this machine."""
     found = [part for part in psutil.disk_partitions(all=True) if folder.absolute().is_relative_to(part.mountpoint)]
     kind = max(found, key=lambda part: len(part.mountpoint)).fstype if found else ""
-    if kind.startswith(_REMOTE):
+    return kind if kind.startswith(_REMOTE) else ""
+
+
+def _check_local(folder: Path) -> None:
+    if kind := is_remote(folder):
         raise ConfigurationError(
             f"run_dir {folder} lies on a network file system ({kind}), whose locks and mapped files cannot be trusted: "
             "give a run_dir on a disk of this machine, and copy what you keep with `cerebro-tune export`."

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from cerebro_tune.configtext import config_text
 from cerebro_tune.errors import ConfigurationError
@@ -53,47 +50,17 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def source_digest(trainable: type) -> str:
-    """A digest of the source of a class and of the classes that it is made of, as far as they are not installed."""
-    hashed = xxhash.xxh3_64()
-    for kind in trainable.__mro__:
-        if not _is_installed(kind):
-            hashed.update(_source(kind).encode())
-    return hashed.hexdigest()
+def about_run(
+    settings: RunSettings, recipe: Recipe, data: Mapping[str, str], loader: Mapping[str, Any], number: int | None
+) -> dict[str, Any]:
+    """What a run is of: all that must be so again when it is taken up.
 
-
-def _is_installed(kind: type) -> bool:
-    module = sys.modules.get(kind.__module__)
-    file = getattr(module, "__file__", None)
-    if kind.__module__ == "builtins":
-        return True
-    if file is None:  # a notebook, or a module of C
-        return kind.__module__ != "__main__"
-    path = Path(file).parts
-    return "site-packages" in path or path[-3:-1] == ("lib", platform.python_version()[:4]) or _in_ours(Path(file))
-
-
-def _in_ours(file: Path) -> bool:
-    return any(part.startswith("cerebro_tune") for part in file.parts[-4:-1])
-
-
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return "\n".join(_code(value) for value in vars(kind).values() if inspect.isfunction(value))
-
-
-def _code(function: Any) -> str:
-    code = function.__code__
-    return f"{code.co_code.hex()} {[c for c in code.co_consts if not inspect.iscode(c)]!r} {code.co_names}"
-
-
-def about_run(settings: RunSettings, recipe: Recipe, data: Mapping[str, str]) -> dict[str, Any]:
-    """What a run is of: all that must be so again when it is taken up. `data` are the fingerprints of its sets."""
+    `data` are the fingerprints of its sets, `loader` says how the executor makes batches, `number` is that of its
+    configs where it is known before.
+    """
     return {
         "trainable": recipe.name,
-        "source": None if recipe.model is None else source_digest(recipe.model),
+        "source": recipe.identity,
         "metric": settings.metric,
         "mode": settings.mode,
         "epochs": settings.epochs,
@@ -105,12 +72,15 @@ def about_run(settings: RunSettings, recipe: Recipe, data: Mapping[str, str]) ->
         "report_every": settings.spec.report_every,
         "keep": settings.keep,
         "policy": settings.policy if isinstance(settings.policy, str) else type(settings.policy).__qualname__,
-        "loader": config_text(recipe.loader),
+        "loader": config_text({**loader, **recipe.loader}),
         "max_failures": settings.max_failures,
+        "configs": number,
     }
 
 
-def open_run(journal: Journal, about: dict[str, Any], now: dict[str, Any], settings: RunSettings) -> RunSettings:
+def open_run(
+    journal: Journal, about: dict[str, Any], now: dict[str, Any], settings: RunSettings, but: Collection[str]
+) -> RunSettings:
     """Write the manifest of a new run, or compare that of one that is taken up; returns the settings that hold.
 
     ConfigurationError, with a list, where it is another run; another environment `now` is warned of, and noted.
@@ -120,7 +90,7 @@ def open_run(journal: Journal, about: dict[str, Any], now: dict[str, Any], setti
         journal.append(MANIFEST, format=FORMAT, about=about, environment=now)
         return settings
     manifest = manifest_of(journal.rows, settings.run_dir)
-    check_same(manifest["about"], about, settings.run_dir)
+    check_same(manifest["about"], about, settings.run_dir, but)
     threads = manifest["environment"]["threads"]
     if moved := changes(manifest["environment"], now | {"threads": threads}):
         warn_user(
@@ -149,9 +119,10 @@ def manifest_of(rows: Sequence[Row], run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
-    """Refuse to go on with another run; how many trials are live is what it was."""
-    if different := changes({name: value for name, value in before.items() if name != "live_trials"}, now):
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path, but: Collection[str] = ()) -> None:
+    """Refuse to go on with another run; how many trials are live is what it was, and `but` may differ."""
+    left_out = {"live_trials", *but}
+    if different := changes(*({k: v for k, v in each.items() if k not in left_out} for each in (before, now))):
         raise refusal(run_dir, different)
 
 

@@ -126,6 +126,8 @@ class Run:
             self._durable = DurableStates(
                 settings.run_dir, settings.durable_every, store, self._commands.post, self._saved, self._trouble
             )
+        self._is_where_it_was = True
+        """Whether the states of trials are those that the book tells of."""
         self._search_ended = self._interrupted = self._shown = False
         self._fatal: Exception | None = None
 
@@ -210,6 +212,7 @@ class Run:
 
         `given` is what its trials are now; see `recovery.retell`.
         """
+        self._is_where_it_was = False
         self._past = retell(self._ledger.rows, self._hopper, self._book, self.settings.shards, given)
         if self._past.unended or not self._past.search_ended:
             self._apply(RunResumed())
@@ -229,7 +232,7 @@ class Run:
     def drive(self) -> Results:
         """Run until the search has ended and every trial with it; raise what makes the run impossible."""
         try:
-            if self._past is None or not self._over():
+            if self._past is None or self.unended or not self._over():
                 self.begin()
             elif self._durable is not None:
                 self._durable.clear_strays()
@@ -528,12 +531,12 @@ class Run:
         page, status = self._book[trial], self._hopper.status(trial)
         self._book.recipe_of(page).end_log(trial, status.value)
         page.brought = None
+        # The tuner before the memory: it may want the state. And before the row: what it has not heard it hears again.
+        self._tuner.on_end(self._book.result(page, status, cut_short=False))
         last = page.last_checkpoint
         self._ledger.note(RELEASED, trial=trial, last=None if last is None else last.stem)
         if self._durable is not None:
             self._durable.forget(trial)
-        # The tuner before the memory: it may want the state.
-        self._tuner.on_end(self._book.result(page, status, cut_short=False))
         self._crew.forget((trial,), self._store.drop(trial))
 
     # Commands, on the loop's thread.
@@ -620,6 +623,7 @@ class Run:
         )
         if self._interrupted:
             return
+        self._is_where_it_was = True
         for page in self._book:
             if (
                 page.source is not None
@@ -668,6 +672,8 @@ class Run:
 
     def _is_wanted(self, page: TrialPage, past: Past) -> bool:
         trial = page.trial.id
+        if not page.shipped:  # nobody says what it was made of
+            return False
         if self._hopper.status(trial).ended:
             return trial not in past.released and self._exporter.due(page)
         if page.source is not None and trial not in past.saved:
@@ -698,9 +704,10 @@ class Run:
 
     def _export_unended(self) -> None:
         """Write the last checkpoint of what stands paused, or was cut short by an interrupt."""
+        unended = self.unended
         for page in self._book:
             trial = page.trial.id
-            if not self._hopper.status(trial).ended and self._exporter.due(page):
+            if trial in unended and self._is_where_it_was and self._exporter.due(page):
                 self._exporter.write(page, self._store.mapped(trial))
 
     def close(self) -> None:
@@ -714,7 +721,7 @@ class Run:
         for page in self._book:
             if not (status := self._hopper.status(page.trial.id)).ended:
                 self._book.recipe_of(page).end_log(page.trial.id, status.value)
-        self._book.clear_staged()
+        self._book.clear_staged(self._results.keys())
         self._store.close()
         self._ledger.close()
         if self.settings.trace:

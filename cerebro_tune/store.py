@@ -172,6 +172,12 @@ class StateStore:
         """Whether there is a committed state of the trial."""
         return trial in self._slots and self._slots[trial].committed is not None
 
+    def has_room(self, trial: str) -> bool:
+        """Whether one more state like the trial's would be within the budget."""
+        buffer = self._committed(trial).buffer
+        used = self.bytes_in_use - self._pooled_bytes
+        return buffer is None or used + 2 * buffer.nbytes <= self.budget_bytes
+
     def digest_of(self, trial: str) -> str:
         """The digest of the committed state."""
         return self._committed(trial).digest

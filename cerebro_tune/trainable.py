@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cerebro_tune.errors import NotTrainableError
+from cerebro_tune.sources import source_digest
 
 Config = Mapping[str, Any]
 
@@ -144,10 +145,15 @@ class Recipe(ABC):
     """Settings of the trainable's own for loading; each wins over the executor's."""
 
     model: type | None = None
-    """The user's class, by whose source a run that is taken up is known again."""
+    """The user's class, where it is one that is trained."""
 
     datamodule: Any = None
     """The DataModule that comes with the trainable, for an executor that was made without data."""
+
+    @property
+    def identity(self) -> str:
+        """What a run that is taken up is known again by, beside the name: the same in every process."""
+        return "" if self.model is None else source_digest(self.model)
 
     @abstractmethod
     def create(self) -> Trainable:

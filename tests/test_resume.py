@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import lightning_nets
 import nets
 import resumed_runs
 import soak
 from cerebro_tune import Cerebro, Decision, ShardedDataset
-from cerebro_tune.errors import ConfigurationError, RunBusyError
+from cerebro_tune.configtext import config_text
+from cerebro_tune.errors import ConfigurationError, NotPicklableError, RunBusyError
 from cerebro_tune.journal import Journal, read_journal
+from cerebro_tune.reading import RunReading
 from cerebro_tune.recovery import MOVED, RELEASED, Replayed
 from cerebro_tune.settings import TrainAll
+from cerebro_tune.trainable import as_recipe
+from cerebro_tune_lightning import LightningTrainable
 from conftest import points
 from resumed_runs import CONFIGS, Mixed, die_at, fit, in_child, one_thread
 from runs import outcome, weights
@@ -233,7 +244,13 @@ def test_it_is_taken_up_only_as_what_it_was(sets: Path, undisturbed: Any, option
 @pytest.mark.parametrize(
     ("kind", "configs", "validation", "told"),
     [
-        (Mixed, [CONFIGS[0], {"lr": 3}], "validation", r'configs\[1\] was {"lr": 0.1, "stop_at": 5} and is {"lr": 3}'),
+        (
+            Mixed,
+            [CONFIGS[0], {"lr": 3}, *CONFIGS[2:]],
+            "validation",
+            r'configs\[1\] was {.*"stop_at": 5} and is {"lr": 3}',
+        ),
+        (Mixed, [*CONFIGS, {"lr": 3}], "validation", "configs was 4 and is 5"),
         (nets.Deep, CONFIGS, "validation", "trainable was 'Mixed' and is 'Deep'\n  source was"),
         (Mixed, CONFIGS, "train", "validation was"),
     ],
@@ -302,6 +319,76 @@ def test_what_is_no_function_of_its_seeds_is_found_out(sets: Path) -> None:
     ) as cerebro:  # fmt: skip
         replayed = cerebro.replay(folder / "run-0000", Wobbly, "trial-0000")
     assert replayed.differing[0] == result.visits[0][:2]
+
+
+def test_a_paused_trial_stands_where_it_stood_in_the_next_call(sets: Path) -> None:
+    class Pausing(TrainAll):
+        def on_report(self, trial_id: str, report: Any) -> Decision:
+            return Decision.PAUSE if report["units"] == 5 else Decision.CONTINUE
+
+    folder = sets / "paused"
+    first, second, third = (searched(folder, lambda _: Pausing(), durable_every=2) for _ in range(3))
+    assert [(result.status, len(result.visits)) for result in first] == [("paused", 5)]
+    assert outcome(first) == outcome(second) == outcome(third)
+    assert RunReading(folder / "run-0000").verify() == []
+
+
+def test_a_run_that_never_began_is_in_nobodys_way(sets: Path) -> None:
+    def run(kind: Any) -> Any:
+        with Cerebro(
+            sets / "train", epochs=1, workers=1, backend="inline", progress=False, run_dir=sets / "never"
+        ) as cerebro:  # fmt: skip
+            return cerebro.fit(kind, [{"lr": 0.1}])
+
+    class Unpicklable(nets.Deep):
+        lock = threading.Lock()
+
+    with pytest.raises(NotPicklableError):
+        run(Unpicklable)
+    assert list((sets / "never").iterdir()) == []
+    (sets / "never" / "run-0000").mkdir()
+    assert run(nets.Deep).run_dir.name == "run-0000"
+
+
+@dataclass
+class Choice:
+    """What a user may have in a config."""
+
+    lr: float
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"x": Choice(1.0)}, {"x": Choice(2.0)}),
+        ({"x": torch.zeros(1000)}, {"x": torch.ones(1000)}),
+        ({"x": np.float32}, {"x": np.float64}),
+        ({"x": {0: 1, "y": (2, 3)}}, {"x": {0: 1, "y": (2, 4)}}),
+        ({"x": {(1, 2): Path("a")}}, {"x": {(1, 2): Path("b")}}),
+        ({"x": {"a", "b"}}, {"x": {"a", "c"}}),
+        ({"x": np.float32(0.5)}, {"x": 0.25}),
+        ({"x": nn.ReLU}, {"x": nn.Tanh}),
+    ],
+)
+def test_configs_that_differ_are_told_apart(one: Any, other: Any) -> None:
+    texts = [config_text(one), config_text(other)]
+    assert texts[0] != texts[1]
+    assert texts[0] == config_text(pickle.loads(pickle.dumps(one)))
+    assert max(map(len, texts)) < 200
+
+
+def test_modules_that_differ_are_told_apart() -> None:
+    class Wide(lightning_nets.Momentum):
+        pass
+
+    def told(module: Any, **kwargs: Any) -> str:
+        return as_recipe(LightningTrainable(module, trainer_kwargs=kwargs) if kwargs else module).identity
+
+    torch.manual_seed(1)
+    one, other = lightning_nets.Momentum(width=8), lightning_nets.Momentum(width=8)
+    assert told(one) == told(pickle.loads(pickle.dumps(one)))
+    apart = [told(one), told(other), told(Wide), told(lightning_nets.Momentum), told(Wide, gradient_clip_val=1.0)]
+    assert len(set(apart)) == len(apart)
 
 
 def test_two_coordinators_do_not_share_a_run(sets: Path, undisturbed: Any) -> None:

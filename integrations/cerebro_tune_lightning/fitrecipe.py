@@ -12,7 +12,10 @@ from typing import Any
 import cloudpickle
 import torch
 
+from cerebro_tune.configtext import config_text
+from cerebro_tune.data.fingerprint import digest_of
 from cerebro_tune.errors import ConfigurationError, NotPicklableError
+from cerebro_tune.sources import source_digest
 from cerebro_tune.trainable import Config, Plan, Recipe, Trainable
 from cerebro_tune_lightning import checkpoint
 from cerebro_tune_lightning.trainable import LightningTrainable
@@ -69,6 +72,13 @@ class InstanceRecipe(LightningTrainable):
         packed = pickled(module, f"The module {name}")
         super().__init__(lambda _: cloudpickle.loads(packed))
         self.name = name
+        self._packed = packed
+
+    @property
+    def identity(self) -> str:  # noqa: D102
+        module = cloudpickle.loads(self._packed)
+        weights = digest_of(list(module.state_dict().items()))
+        return f"{source_digest(type(module))} {weights} {config_text(dict(getattr(module, 'hparams', {})))}"
 
     def check_config(self, config: Config) -> None:  # noqa: D102
         if unread := sorted(config.keys() - {"batch_size", "epochs"}):

@@ -7,7 +7,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from cerebro_tune.configtext import config_text
 from cerebro_tune.errors import ConfigurationError, NotTrainableError
+from cerebro_tune.sources import source_digest
 from cerebro_tune.trainable import Config, Recipe, Trainable
 from cerebro_tune_lightning import callbacks, checkpoint, construct
 from cerebro_tune_lightning.loggers import TrialLoggers
@@ -94,6 +96,10 @@ class LightningTrainable(Recipe):
         self.accumulate = int(self.trainer_kwargs.get("accumulate_grad_batches", 1))
         if self.accumulate < 1:
             raise ConfigurationError(f"accumulate_grad_batches is {self.accumulate}; it must be at least 1.")
+
+    @property
+    def identity(self) -> str:  # noqa: D102
+        return f"{source_digest(self.make_module)} {config_text(self.trainer_kwargs)}"
 
     def _check_kwargs(self) -> None:
         refused = sorted(

@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 
-from cerebro_tune.errors import CerebroError, ConfigurationError
+from cerebro_tune.errors import CerebroError, ConfigurationError, RunBusyError
 from cerebro_tune.executor import Cerebro
 from cerebro_tune.results import TrialResult
 from cerebro_tune.run import Run
@@ -147,7 +147,9 @@ class Asking:
 
     def on_report(self, trial_id: str, report: Report) -> Decision | None:
         """Hand the report on; where the trial has come to a rung, see who takes its place."""
-        seat = self._seats[trial_id]
+        seat = self._seats.get(trial_id)
+        if seat is None:  # its end was told while nobody trained it
+            return Decision.STOP
         decision = seat.decide(trial_id, report)
         if self._ladder is None or decision is Decision.STOP or not self._is_at_rung(trial_id, report):
             return decision
@@ -199,6 +201,8 @@ class Asking:
         seat, recipe, _ = next(iter(made.values()))
         try:
             run = self._executor.run(recipe, self, metric=seat.metric, mode=seat.mode, given=given, folder=folder)
+        except RunBusyError:  # another process has found them, too, and goes on with them
+            return
         except CerebroError as error:
             for seat in seats.values():
                 self._teller.cut_short(seat, f"its process was killed, and its run cannot be taken up: {error}")
