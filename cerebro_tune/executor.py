@@ -34,7 +34,7 @@ from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.feed import Feed
 from cerebro_tune.given import GivenData, take
 from cerebro_tune.journal import NAME as JOURNAL
-from cerebro_tune.journal import Journal, is_remote, read_journal
+from cerebro_tune.journal import Journal, read_journal, remote_kind
 from cerebro_tune.loading import check_keys
 from cerebro_tune.manifest import about_run, as_before, check_same, environment, manifest_of, open_run, refusal
 from cerebro_tune.policy import Policy
@@ -343,7 +343,9 @@ class Cerebro:
                 policy=policy or self.policy,
                 live_trials=None if hosted else self.live_trials,
             )
-            if not hosted and (self.run_dir is not None or not is_remote(folder)):  # one without a name is not taken up
+            if not hosted and (
+                self.run_dir is not None or not remote_kind(folder)
+            ):  # one without a name is not taken up
                 journal = Journal(folder)
             run = self._run_of(
                 settings, recipe, tuner, journal, given, make_progress(False if hosted else self._progress)

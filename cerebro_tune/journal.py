@@ -275,7 +275,7 @@ def _lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def is_remote(folder: Path) -> str:
+def remote_kind(folder: Path) -> str:
     """The name of the network file system that a folder is on; empty where it is on a disk of this machine."""
     found = [part for part in psutil.disk_partitions(all=True) if folder.absolute().is_relative_to(part.mountpoint)]
     kind = max(found, key=lambda part: len(part.mountpoint)).fstype if found else ""
@@ -283,7 +283,7 @@ def is_remote(folder: Path) -> str:
 
 
 def _check_local(folder: Path) -> None:
-    if kind := is_remote(folder):
+    if kind := remote_kind(folder):
         raise ConfigurationError(
             f"run_dir {folder} lies on a network file system ({kind}), whose locks and mapped files cannot be trusted: "
             "give a run_dir on a disk of this machine, and copy what you keep with `cerebro-tune export`."

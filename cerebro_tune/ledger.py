@@ -11,7 +11,7 @@ from cerebro_tune.events import Event
 from cerebro_tune.journal import Journal, Row
 
 _DISK_FULL_S = 1.0
-"""Between two looks whether the disk has room again."""
+"""Between two looks whether the disk has room again, of which no file system tells."""
 
 
 class Ledger:
@@ -23,13 +23,19 @@ class Ledger:
         self._journal, self._trouble, self._interrupted = journal, trouble, interrupted
 
     @property
+    def kept(self) -> bool:
+        """Whether there is a journal."""
+        return self._journal is not None
+
+    @property
     def rows(self) -> list[Row]:
         """What was in it when the run began."""
         return [] if self._journal is None else self._journal.rows
 
     def event(self, event: Event, facts: dict[str, Any]) -> None:
         """Write an event that the state machine has taken in, with what it does not look at."""
-        self.note(type(event).__name__, event=to_plain(event), **facts)
+        if self._journal is not None:
+            self.note(type(event).__name__, event=to_plain(event), **facts)
 
     def note(self, kind: str, **body: Any) -> None:
         """Write a row; on a full disk stand still until there is room, or an interrupt."""

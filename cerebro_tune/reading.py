@@ -8,13 +8,13 @@ from pathlib import Path
 
 from cerebro_tune.buffers import Mapped
 from cerebro_tune.durable import FOLDER
-from cerebro_tune.errors import CerebroError, ConfigurationError, DamagedJournalError
+from cerebro_tune.errors import CerebroError, ConfigurationError
 from cerebro_tune.eventcodec import is_event, to_event
 from cerebro_tune.events import TrialAdded, TrialCloned, UnitFailed, UnitFinished
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.journal import Row, read_journal
 from cerebro_tune.manifest import manifest_of
-from cerebro_tune.recovery import DISPATCHED, SAVED, sound, starts_plain, understood
+from cerebro_tune.recovery import DISPATCHED, SAVED, order_again, sound, understood
 from cerebro_tune.statefile import load_into
 from cerebro_tune.units import Shard
 
@@ -73,12 +73,7 @@ class RunReading:
     def _take(self, row: Row) -> None:
         body = row.body
         if row.kind == DISPATCHED:
-            starts = starts_plain(self._hopper.dispatch())
-            self.decisions += len(starts)
-            if starts != body["starts"]:
-                raise DamagedJournalError(
-                    f"Row {row.number} of the journal has the orders {body['starts']}; made again they are {starts}."
-                )
+            self.decisions += order_again(row, self._hopper)
         elif row.kind == SAVED:
             self.trials[body["trial"]].state = body["file"]
         elif is_event(row.kind):

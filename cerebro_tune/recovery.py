@@ -116,6 +116,17 @@ def understood(row: Row) -> Iterator[None]:
         ) from error
 
 
+def order_again(row: Row, hopper: Hopper) -> int:
+    """Have the machine give the orders of a row once more; returns how many, DamagedJournalError if they differ."""
+    starts = starts_plain(hopper.dispatch())
+    if starts != row.body["starts"]:
+        raise DamagedJournalError(
+            f"Row {row.number} of the journal has the orders {row.body['starts']}, and they would be {starts} now: "
+            "the run was made by another version. Go on with that, or begin a new run (resume='never')."
+        )
+    return len(starts)
+
+
 def retell(rows: Sequence[Row], hopper: Hopper, book: TrialBook, shards: int, given: Given) -> Past:
     """Bring a new machine and a new book to where the journal ends.
 
@@ -141,12 +152,7 @@ class _Teller:
         if is_event(row.kind):
             self._event(row)
         elif row.kind == DISPATCHED:
-            starts = starts_plain(self._hopper.dispatch())
-            if starts != body["starts"]:
-                raise DamagedJournalError(
-                    f"Row {row.number} of the journal has the orders {body['starts']}, and they would be {starts} now: "
-                    "the run was made by another one. Go on with that, or begin a new run (resume='never')."
-                )
+            order_again(row, self._hopper)
         elif row.kind == SAVED:
             self.past.saved[body["trial"]] = Saved(body["units"], body["file"])
         elif row.kind == RELEASED:

@@ -550,7 +550,7 @@ class Run:
             config, brought = parent.config if config is None else config, parent.brought
         page = self._book.new_page(config, brought, index)
         trial = page.trial
-        facts = {"config": plain_config(page.config), "text": config_text(page.config), "batch_size": page.batch_size}
+        facts = _facts_of(page) if self._ledger.kept else {}  # a config may hold weights, which take a while to digest
         if parent is None:
             self._apply(TrialAdded(trial), **facts)
         else:
@@ -728,3 +728,7 @@ class Run:
             self._timeline.write(self.settings.run_dir / "trace.json")
         if self._shown:
             self._progress.stop()
+
+
+def _facts_of(page: TrialPage) -> dict[str, Any]:
+    return {"config": plain_config(page.config), "text": config_text(page.config), "batch_size": page.batch_size}
