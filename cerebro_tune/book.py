@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class TrialPage:
     best: dict[str, Any] | None = None
     checkpoint: Path | None = None
     last_checkpoint: Path | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of the checkpoint files, `best` and `last`."""
     error: str | None = None
     raised: tuple[str, ...] = ()
     """The classes of the exception that failed it."""
@@ -191,7 +194,8 @@ class TrialBook:
     def clear_staged(self, early: Collection[str]) -> None:
         """Remove what was written by units that were not committed, but for trials whose next one ended `early`."""
         for page in self:
-            for path in () if page.trial.id in early else self.path(page, "best").parent.glob("best.[0-9]*"):
+            folder = self.path(page, "best").parent
+            for path in () if page.trial.id in early else [*folder.glob("best.[0-9]*"), *folder.glob("*.partial")]:
                 path.unlink()
 
     def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:
@@ -224,19 +228,30 @@ class TrialBook:
             "If it is not in those at the end of the first epoch either, the run stops there."
         )
 
-    def note(self, page: TrialPage, report: dict[str, Any], due: ReportUnit) -> None:
-        """Rank a new report, and note the checkpoints that its unit wrote."""
+    def note(
+        self,
+        page: TrialPage,
+        report: dict[str, Any],
+        due: ReportUnit,
+        when_safe: Callable[[Callable[[], object]], object],
+    ) -> None:
+        """Rank a new report, and note the checkpoints that its unit wrote.
+
+        A better one takes the place of the best before it by `when_safe`, when its unit cannot be lost any more.
+        """
         assert page.latest is not None, "a report without a unit"
         if self.competes(due.epoch_done):
             so_far = page.best[self.metric] if page.best is not None and self.metric is not None else None
             if improves(self.metric, self.mode, report, so_far):
                 page.best = report
+        name = "best" if page.latest.best_written else "last"
         if page.latest.best_written:
             page.checkpoint = self.path(page, "best")
-            with contextlib.suppress(FileNotFoundError):  # noted once more after a coordinator's death: it is in place
-                os.replace(self._staged(page, page.units), page.checkpoint)
+            when_safe(partial(_put_in_place, self._staged(page, page.units), page.checkpoint))
         if due.last and self.keep != "none":
-            page.last_checkpoint = self.path(page, "best" if page.latest.best_written else "last")
+            page.last_checkpoint = self.path(page, name)
+        if page.latest.exported:
+            page.digests[name] = page.latest.exported
 
     def result(self, page: TrialPage, status: Status, cut_short: bool) -> TrialResult:
         """The trial's result as things stand; of a run that was cut short, what had not ended counts as stopped."""
@@ -256,3 +271,8 @@ class TrialBook:
             raised=page.raised,
             seconds=dict(page.seconds),
         )
+
+
+def _put_in_place(staged: Path, path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # noted once more after a coordinator's death: it is in place
+        os.replace(staged, path)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from cerebro_tune.book import TrialBook, TrialPage
 from cerebro_tune.crew import Crew
-from cerebro_tune.errors import WorkerError
-from cerebro_tune.recovery import Arrears
+from cerebro_tune.durable import DurableStates
+from cerebro_tune.errors import DamagedStateError, WorkerError
+from cerebro_tune.hopper import Hopper
+from cerebro_tune.recovery import Arrears, Past, Replayed
 from cerebro_tune.store import StateStore
 from cerebro_tune.units import Unit, WorkerId
 from cerebro_tune.workers.messages import Finished, Lost, Message, Raised, Ready, Task
@@ -18,16 +22,80 @@ MakeTask = Callable[[Unit, int], Task]
 class CatchUp:
     """Brings the states of trials to where the journal ends; each trial's units one after the other, trials abreast."""
 
-    def __init__(self, crew: Crew, store: StateStore, make_task: MakeTask, say: Callable[[str], object]) -> None:
-        self._crew, self._store, self._make_task, self._say = crew, store, make_task, say
+    def __init__(
+        self,
+        crew: Crew,
+        store: StateStore,
+        hopper: Hopper,
+        book: TrialBook,
+        make_task: MakeTask,
+        say: Callable[[str], object],
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self._crew, self._store, self._hopper, self._book = crew, store, hopper, book
+        self._make_task, self._say, self._interrupted = make_task, say, interrupted
         self.differing: list[Unit] = []
         """Those whose digest was another than the journal's."""
 
-    def run(self, arrears: Sequence[Arrears], interrupted: Callable[[], bool]) -> None:
+    def bring_back(self, past: Past, durable: DurableStates | None, due: Callable[[TrialPage], bool]) -> None:
+        """Have the states that are still needed in the store, and the latest ones on disk; what is `due` is exported."""
+        wanted = [page for page in self._book if self._is_wanted(page, past, due)]
+        self._train([self._arrears(page, past, durable) for page in wanted])
+        if self._interrupted():
+            return
+        for page in self._book:
+            unended = not self._hopper.status(page.trial.id).ended
+            if page.source is not None and page.trial.id not in past.saved and unended:
+                self._store.clone(page.trial.id, page.source)  # its row is the last: the source stands where it stood
+                if durable is not None:
+                    durable.write_now(page.trial.id, page.units)
+        if durable is not None:
+            durable.clear_strays()
+
+    def train_again(self, page: TrialPage, past: Past) -> Replayed:
+        """Train a trial from its beginning, or that of the trial that it goes back to, and compare its own units."""
+        pages = [page]
+        while pages[0].source is not None:
+            pages.insert(0, self._book[pages[0].source])
+        ends = [*(page.inherited for page in pages[1:]), pages[-1].units]
+        for before, each, end in zip([None, *pages], pages, ends, strict=False):
+            if before is not None:
+                self._store.clone(each.trial.id, before.trial.id)
+            again = Arrears.of(each, each.inherited, past)
+            own = slice(end - each.inherited)
+            self._train([replace(again, units=again.units[own], digests=again.digests[own], early=False)])
+        differing = [(unit.epoch, unit.shard) for unit in self.differing if unit.trial == page.trial.id]
+        return Replayed(page.trial.id, page.units - page.inherited, tuple(differing))
+
+    def _is_wanted(self, page: TrialPage, past: Past, due: Callable[[TrialPage], bool]) -> bool:
+        trial = page.trial.id
+        if not page.shipped:  # nobody says what it was made of
+            return False
+        if self._hopper.status(trial).ended:
+            return trial not in past.released and due(page)
+        if page.source is not None and trial not in past.saved:
+            return False
+        return page.units > 0 or trial in past.early
+
+    def _arrears(self, page: TrialPage, past: Past, durable: DurableStates | None) -> Arrears:
+        """Take a trial's last state from the disk; returns the units since."""
+        trial, units = page.trial.id, 0
+        if (saved := past.saved.get(trial)) is not None and durable is not None:
+            path = durable.found(trial, saved.file)
+            try:
+                self._store.restore(trial, path)
+                units = saved.units
+            except (OSError, DamagedStateError) as error:
+                if page.inherited:
+                    raise
+                self._say(f"{trial} is trained again from its beginning: {error}")
+        return Arrears.of(page, units, past)
+
+    def _train(self, arrears: Sequence[Arrears]) -> None:
         """Train all of it; WorkerError where a unit raises that did not before."""
         waiting = [each for each in arrears if each.units]
         running: dict[WorkerId, Arrears] = {}
-        while (waiting or running) and not interrupted():
+        while (waiting or running) and not self._interrupted():
             for worker in self._crew.ids:
                 if worker not in running and worker not in self._crew.unready:
                     mine = self._crew.holdings(worker)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from math import inf
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from cerebro_tune.errors import WorkerError
@@ -13,13 +12,15 @@ from cerebro_tune.settings import RunSettings
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import Unit, WorkerId
 from cerebro_tune.workers.base import Workers
-from cerebro_tune.workers.messages import Forget, Lost, Message, Ready, Rest, Setup, Task
+from cerebro_tune.workers.messages import Forget, Lost, Message, Ready, Rest, Setup, Task, Waiting
 
 if TYPE_CHECKING:
     from cerebro_tune.run import Run
 
 _LEAST_DEADLINE_S, _SLOWER_THAN_ANY = 30.0, 5.0
 """A unit that takes longer than this, and so many times longer than its trial's slowest one yet, hangs."""
+_LOOK_S = 2.0
+"""Between two looks whether workers that run a unit were stopped."""
 _FUTILE_STARTS = 3
 """A worker that dies this often in a row before it is ready will not come up at all."""
 
@@ -29,6 +30,8 @@ class Crew:
 
     def __init__(self, workers: Workers, settings: RunSettings) -> None:
         self._workers, self._settings = workers, settings
+        self._now = workers.clock.now
+        self._looked_s, self._stopped = self._now(), frozenset[WorkerId]()
         self.ids = workers.ids
         self.running: dict[WorkerId, Unit] = {}
         self._given_s: dict[WorkerId, float] = {}
@@ -45,31 +48,54 @@ class Crew:
 
     def wait(self, timeout_s: float | None = None) -> list[Message]:
         """What the workers say next; nothing when the time has passed."""
-        return self._workers.wait(timeout_s)
+        said = self._workers.wait(timeout_s)
+        for message in said:
+            if isinstance(message, Waiting) and message.worker in self._given_s:
+                self._given_s[message.worker] = self._now()
+        return said
 
     def ended(self, worker: WorkerId, whole: bool = True) -> Unit | None:
         """The unit that a worker ran; `whole` says that it came to its end, and not the worker to his."""
-        took_s = monotonic() - self._given_s.pop(worker, monotonic())
+        took_s = self._now() - self._given_s.pop(worker, self._now())
         unit = self.running.pop(worker, None)
         if unit is not None and whole:
             self._slowest_s[unit.trial] = max(took_s, self._slowest_s.get(unit.trial, 0.0))
         return unit
 
     def silent(self) -> list[Lost]:
-        """Workers that run a unit for longer than can be explained: they hang, or were stopped."""
-        now = monotonic()
+        """Workers that run a unit for longer than can be explained, or were stopped: what they run, others shall."""
+        now = self._now()
+        stopped = self._stopped_workers(now)
         took_s = {worker: now - given_s for worker, given_s in self._given_s.items()}
         return [
             Lost(worker, f"a unit of its has not ended in {s:.0f} s, and {self._limit_s(worker):.0f} s are allowed")
             for worker, s in took_s.items()
-            if s > self._limit_s(worker)
+            if s > self._limit_s(worker) and worker not in stopped
+        ] + [
+            Lost(worker, f"its process stands still, stopped by a signal, for {_LOOK_S:.0f} s now")
+            for worker in stopped
         ]
+
+    def _stopped_workers(self, now: float) -> list[WorkerId]:
+        """Those that run a unit and were found stopped twice: a terminal stops and wakes all processes at once."""
+        since_s = now - self._looked_s
+        if not self._given_s or since_s < _LOOK_S:
+            return []
+        self._looked_s = now
+        if (
+            since_s > 2 * _LOOK_S
+        ):  # it is this process that did not look, or was stopped itself: it says nothing of them
+            self._given_s = {worker: given_s + since_s for worker, given_s in self._given_s.items()}
+        before, self._stopped = self._stopped, frozenset(self._workers.stopped())
+        return [worker for worker in self._given_s if worker in before & self._stopped]
 
     @property
     def patience_s(self) -> float | None:
         """Seconds until `silent` may have somebody to tell of; None where nobody can hang."""
-        ends = min((given_s + self._limit_s(worker) for worker, given_s in self._given_s.items()), default=inf)
-        return None if ends == inf else max(0.0, ends - monotonic()) + 0.01
+        if not self._given_s or not self._workers.may_hang:
+            return None
+        ends = min(given_s + self._limit_s(worker) for worker, given_s in self._given_s.items())
+        return max(0.0, min(ends, self._looked_s + _LOOK_S) - self._now()) + 0.01
 
     def _limit_s(self, worker: WorkerId) -> float:
         if not self._workers.may_hang:
@@ -123,7 +149,7 @@ class Crew:
             self._forgotten[worker] = ([], [])
         for task in tasks:
             self.running[worker] = task.unit
-            self._given_s[worker] = monotonic()
+            self._given_s[worker] = self._now()
             known, trial = self._configured[worker], task.unit.trial
             self._workers.send(worker, replace(task, config=None, recipe=None) if trial in known else task)
             known.add(trial)

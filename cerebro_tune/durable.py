@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
+from cerebro_tune.clock import Clock
 from cerebro_tune.store import StateStore
 
 FOLDER = "states"
@@ -16,7 +17,8 @@ class DurableStates:
     """Writes committed states on a thread of its own, while the trials go on.
 
     `post` has a call made on the loop's thread; `saved` is called there, with trial, units and file, when the disk has
-    a state, before the one before it goes; `failed` with what went wrong.
+    a state; `failed` with what went wrong. The one before it goes by `when_safe`: when no loss of power can bring back
+    a time in which it was the latest.
     """
 
     def __init__(
@@ -27,12 +29,15 @@ class DurableStates:
         post: Callable[[Callable[[], object]], object],
         saved: Callable[[str, int, str], None],
         failed: Callable[[str], None],
+        when_safe: Callable[[Callable[[], object]], object],
+        clock: Clock,
     ) -> None:
         self.folder = run_dir / FOLDER
         self._every, self._store, self._post, self._saved, self._failed = every, store, post, saved, failed
         self._files: dict[str, Path] = {}
         self._writing: set[str] = set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cerebro-durable")
+        self._when_safe = when_safe
+        self._thread = clock.beside("durable")
 
     @property
     def pending(self) -> bool:
@@ -69,7 +74,7 @@ class DurableStates:
     def forget(self, trial: str) -> None:
         """The trial has ended."""
         if path := self._files.pop(trial, None):
-            path.unlink(missing_ok=True)
+            self._remove(path)
 
     def clear_strays(self) -> None:
         """Remove files that no row of the journal knows: of writes that a death has cut short."""
@@ -104,4 +109,7 @@ class DurableStates:
         before, self._files[trial] = self._files.get(trial), path
         self._saved(trial, units, path.name)
         if before is not None and before != path:
-            before.unlink(missing_ok=True)
+            self._remove(before)
+
+    def _remove(self, path: Path) -> None:
+        self._when_safe(partial(path.unlink, missing_ok=True))

@@ -63,6 +63,10 @@ class StateMemoryError(StateError, MemoryError):
     """There is no memory left for the states of the live trials."""
 
 
+class StateTooLargeError(StateMemoryError):
+    """One trial's state is larger than the memory for all of them: it fails, and the others need not."""
+
+
 class DamagedJournalError(CerebroError):
     """The bytes of a run's journal are not those that were written."""
 

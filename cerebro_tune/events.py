@@ -45,9 +45,10 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker is gone, and whatever it was running with it."""
+    """A worker is gone, and whatever it was running with it; that it went with its node is nobody's failure."""
 
     worker: WorkerId
+    with_node: bool = False
 
 
 @dataclass(frozen=True, slots=True)

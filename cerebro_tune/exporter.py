@@ -1,21 +1,23 @@
-"""The last checkpoints that no worker wrote: of trials that were stopped, stand paused, or were cut short."""
+"""Checkpoints, as workers write them, and those that no worker wrote: of trials that were stopped or stand paused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from cerebro_tune import state
 from cerebro_tune.book import TrialBook, TrialPage
 from cerebro_tune.buffers import Mapped
+from cerebro_tune.clock import Clock
+from cerebro_tune.ledger import FullDisk
 
 
 class Exporter:
     """Writes committed states as checkpoints, on a thread of its own so that the loop goes on meanwhile."""
 
-    def __init__(self, book: TrialBook) -> None:
-        self._book = book
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cerebro-export")
+    def __init__(self, book: TrialBook, clock: Clock, disk: FullDisk) -> None:
+        self._book, self._disk = book, disk
+        self._thread = clock.beside("export")
         self.pending = 0
 
     def due(self, page: TrialPage) -> bool:
@@ -24,9 +26,8 @@ class Exporter:
 
     def write(self, page: TrialPage, buffer: Mapped) -> None:
         """Write the state in `buffer` as the trial's last checkpoint."""
-        path = self._book.path(page, "last")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._book.recipe_of(page).export(state.read(buffer), path)
+        path, recipe = self._book.path(page, "last"), self._book.recipe_of(page)
+        page.digests["last"] = recipe.keep(state.read(buffer), path, self._disk.stand_still)
         page.last_checkpoint = path
 
     def begin(self, page: TrialPage, buffer: Mapped, then: Callable[[Future[None]], object]) -> None:

@@ -419,7 +419,7 @@ class Hopper:
         """Return the units that died with their worker; under the logical clock they keep their place."""
         job.number = 0
         for record in [job.records[unit.trial] for unit in job.open]:
-            record.deaths += isinstance(event, WorkerLost)
+            record.deaths += isinstance(event, WorkerLost) and not event.with_node
             if not self._policy.logical:
                 self._leave_job(record)
             if record.deaths > self._max_failures:

@@ -4,7 +4,7 @@ A row is a kind and a JSON text, and carries a hash over its own text and the ha
 reads most flipped bits silently as something else. The first row is the manifest, which says what the run is of.
 
 Kills: every row is a transaction of its own in WAL mode, so that what was appended is there whatever is killed. Power:
-`sync` waits until the disk has what was appended; a thread does so at least every 50 ms while rows come.
+`sync` waits until the disk has what was appended; a thread sees to it within 50 ms.
 
 A journal that was cut, by a disk that lost its tail say, opens as the rows that are whole; one whose bytes were changed
 does not open. Nothing in here is executed, and readers change nothing.
@@ -13,6 +13,7 @@ does not open. Nothing in here is executed, and readers change nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -20,16 +21,20 @@ import socket
 import sqlite3
 import struct
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from time import monotonic
+from threading import Event
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import xxhash
 
+from cerebro_tune.clock import CLOCK, Clock
 from cerebro_tune.errors import ConfigurationError, DamagedJournalError, RunBusyError
+from cerebro_tune.wholefile import sync_folder
 
 NAME, LOCK = "journal.sqlite", "lock"
 FORMAT = 1
@@ -56,33 +61,41 @@ class Journal:
     DamagedJournalError for one whose bytes are not those that were written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Clock = CLOCK) -> None:
         _check_local(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(folder / LOCK)
-        self._syncing: Future[None] | None = None
-        self._synced_at = monotonic()
-        self._dirty = False
         path = folder / NAME
         try:
+            _finish_mending(path)
             self.rows = _whole_rows(path) if path.exists() else []
             """What was in it when it was opened."""
             if path.exists() and _is_cut(path):
-                _write_anew(path, self.rows)
+                _mend(path, self.rows)
             self._database = _connect(path)
             self._database.execute(_TABLE.replace("table", "table if not exists"))
             self._wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CREAT)
+            for made in (folder, folder.parent):
+                sync_folder(made)
         except BaseException:
             os.close(self._lock)
             raise
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cerebro-journal")
+        self._clock, self._thread = clock, clock.beside("journal")
+        self._due, self._over = False, Event()
         self._number = len(self.rows)
         self._hash = _chain(self.rows)
+        self._synced = 0
+        self.sync()  # a process that was killed may not have come to it
 
     @property
     def count(self) -> int:
         """Rows in it."""
         return self._number
+
+    @property
+    def synced(self) -> int:
+        """Rows that survive a loss of power."""
+        return self._synced
 
     def append(self, kind: str, **body: Any) -> None:
         """Append a row; when this returns it survives the death of any process. OSError when the disk is full."""
@@ -91,19 +104,21 @@ class Journal:
         try:
             self._database.execute("insert into rows values (?, ?, ?, ?)", (self._number + 1, kind, text, hashed))
         except sqlite3.OperationalError as error:
-            raise OSError(f"the run's journal could not be written: {error}") from error
-        self._number, self._hash, self._dirty = self._number + 1, hashed, True
-        if monotonic() - self._synced_at > _SYNC_EVERY_S and (self._syncing is None or self._syncing.done()):
-            self._syncing = self._thread.submit(self._sync)
+            raise OSError(errno.ENOSPC, f"the run's journal could not be written: {error}") from error
+        self._number, self._hash = self._number + 1, hashed
+        if not self._due:
+            self._due = True
+            self._thread.submit(self._sync_soon)
 
     def sync(self) -> None:
         """Wait until what was appended survives a loss of power."""
-        if self._dirty:
-            self._thread.submit(self._sync).result()
+        if self._synced < self._number:
+            self._sync()
 
     def close(self) -> None:
         """Let go of it, with everything in the one file. May be called twice."""
         if self._lock >= 0:
+            self._over.set()
             self._thread.shutdown()
             with contextlib.suppress(sqlite3.OperationalError):  # of a full disk: the rows are in the file beside it
                 self._database.execute("pragma wal_checkpoint(truncate)")
@@ -112,9 +127,15 @@ class Journal:
             os.close(self._lock)
             self._lock = -1
 
+    def _sync_soon(self) -> None:
+        self._clock.sleep(_SYNC_EVERY_S, unless=self._over)
+        self._due = False  # before it looks how many rows there are: one that comes now has a call of its own
+        self._sync()
+
     def _sync(self) -> None:
-        self._dirty, self._synced_at = False, monotonic()
+        number = self._number
         os.fsync(self._wal)
+        self._synced = max(number, self._synced)
 
 
 def read_journal(folder: Path) -> list[Row]:
@@ -207,18 +228,35 @@ _WAL_HEADER, _FRAME_HEADER, _WAL_MAGIC = struct.Struct(">8I"), struct.Struct(">6
 
 
 def _sums(order: str, content: bytes, before: tuple[int, int]) -> tuple[int, int]:
-    """SQLite's running check sums of a write-ahead file."""
-    one, two = before
-    words = struct.unpack(f"{order}{len(content) // 4}I", content)
-    for first, second in zip(words[::2], words[1::2], strict=True):
-        one = (one + first + two) & 0xFFFF_FFFF
-        two = (two + second + one) & 0xFFFF_FFFF
-    return one, two
+    """SQLite's running check sums of a write-ahead file: per pair of words, one += first + two; two += second + one.
+
+    Every step is linear: what a word adds to the sums at the end is a Fibonacci number of times itself.
+    """
+    words = np.frombuffer(content, f"{order}u4").astype(np.uint64)  # which overflows as it should
+    first, second = words[::2], words[1::2]
+    numbers = _fibonacci(len(words) + 2)
+    less, same, more = numbers[-4::-2], numbers[-3::-2], numbers[-2:1:-2]
+    ahead = int(numbers[-1])
+    one = int((first * same + second * less).sum()) + before[0] * int(same[0]) + before[1] * int(more[0])
+    two = int((first * more + second * same).sum()) + before[0] * int(more[0]) + before[1] * ahead
+    return one & 0xFFFF_FFFF, two & 0xFFFF_FFFF
 
 
-def _write_anew(path: Path, rows: list[Row]) -> None:
-    """Put the rows that are whole into a file of their own; the damaged one is kept beside it."""
-    fresh = path.with_name(f"{path.name}.partial")
+@cache
+def _fibonacci(count: int) -> npt.NDArray[np.uint64]:
+    """The first Fibonacci numbers, modulo 2**32."""
+    found = [0, 1]
+    while len(found) < count:
+        found.append((found[-1] + found[-2]) & 0xFFFF_FFFF)
+    return np.array(found, dtype=np.uint64)
+
+
+def _mend(path: Path, rows: list[Row]) -> None:
+    """Put the rows that are whole into a file of their own; the damaged one is kept beside it.
+
+    The name of the new one says that it is whole; from then on the old one's rows are not needed, in either file.
+    """
+    fresh, mended = (path.with_name(f"{path.name}.{name}") for name in ("partial", "mended"))
     fresh.unlink(missing_ok=True)
     hashed = ""
     with contextlib.closing(sqlite3.connect(fresh)) as database, database:
@@ -228,9 +266,20 @@ def _write_anew(path: Path, rows: list[Row]) -> None:
             hashed = _hashed(hashed, row.kind, text)
             database.execute("insert into rows values (?, ?, ?, ?)", (row.number, row.kind, text, hashed))
     shutil.copyfile(path, path.with_name(f"{path.name}.cut"))
-    for beside in ("-wal", "-shm"):
-        path.with_name(path.name + beside).unlink(missing_ok=True)
-    os.replace(fresh, path)
+    os.replace(fresh, mended)
+    sync_folder(path.parent)
+    _finish_mending(path)
+
+
+def _finish_mending(path: Path) -> None:
+    """Put a mended journal in its place. What was beside the damaged one goes first: SQLite would read it into this."""
+    mended = path.with_name(f"{path.name}.mended")
+    if mended.exists():
+        for beside in ("-wal", "-shm"):
+            path.with_name(path.name + beside).unlink(missing_ok=True)
+        sync_folder(path.parent)
+        os.replace(mended, path)
+        sync_folder(path.parent)
 
 
 def _chain(rows: list[Row]) -> str:

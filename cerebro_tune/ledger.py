@@ -1,26 +1,58 @@
-"""How a run writes its journal, where it keeps one: events with their facts, and waiting while a disk is full."""
+"""How a run writes its journal, where it keeps one: events with their facts, and what may follow when they are safe."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from time import sleep
-from typing import Any
+from typing import Any, TypeVar
 
+from cerebro_tune.clock import Clock
 from cerebro_tune.eventcodec import to_plain
 from cerebro_tune.events import Event
 from cerebro_tune.journal import Journal, Row
+from cerebro_tune.wholefile import once_there_is_room
 
-_DISK_FULL_S = 1.0
-"""Between two looks whether the disk has room again, of which no file system tells."""
+T = TypeVar("T")
+
+_LOOK_AGAIN_S = 1.0
+"""Between two looks whether a disk has room again, of which no file system tells."""
+_TELL_AGAIN_S = 60.0
+
+
+class FullDisk:
+    """What a run does on a full disk: it stands still and says so, until there is room or an interrupt.
+
+    `trouble` tells the user, `interrupted` says that he wants no more of it.
+    """
+
+    def __init__(self, clock: Clock, trouble: Callable[[str], object], interrupted: Callable[[], bool]) -> None:
+        self._clock, self._trouble, self._interrupted = clock, trouble, interrupted
+        self._told_s = -_TELL_AGAIN_S
+
+    def stand_still(self, error: OSError) -> None:
+        """Wait a little; raise the error again when the run was interrupted."""
+        if self._interrupted():
+            raise error
+        self.tell(f"the run stands still: {error}")
+        self._clock.sleep(_LOOK_AGAIN_S)
+
+    def tell(self, what: str) -> None:
+        """Tell it, if that was not done a moment ago."""
+        if self._clock.now() - self._told_s >= _TELL_AGAIN_S:
+            self._told_s = self._clock.now()
+            self._trouble(f"{what}. It goes on when there is room")
+
+    def wait_out(self, act: Callable[[], T]) -> T:
+        """Do this as soon as there is room."""
+        return once_there_is_room(act, self.stand_still)
 
 
 class Ledger:
-    """The journal of a run, or none; `trouble` tells the user, `interrupted` says that he wants no more of it."""
+    """The journal of a run, or none."""
 
-    def __init__(
-        self, journal: Journal | None, trouble: Callable[[str], object], interrupted: Callable[[], bool]
-    ) -> None:
-        self._journal, self._trouble, self._interrupted = journal, trouble, interrupted
+    def __init__(self, journal: Journal | None, disk: FullDisk) -> None:
+        self._journal, self._disk = journal, disk
+        self._waiting: deque[tuple[int, Callable[[], object]]] = deque()
 
     @property
     def kept(self) -> bool:
@@ -39,25 +71,29 @@ class Ledger:
 
     def note(self, kind: str, **body: Any) -> None:
         """Write a row; on a full disk stand still until there is room, or an interrupt."""
-        told = False
-        while self._journal is not None:
-            try:
-                self._journal.append(kind, **body)
-                return
-            except OSError as error:
-                if self._interrupted():
-                    raise
-                if not told:
-                    self._trouble(f"the run stands still: {error}. It goes on when there is room")
-                told = True
-                sleep(_DISK_FULL_S)
+        if (journal := self._journal) is not None:
+            self._disk.wait_out(lambda: journal.append(kind, **body))
+            self._follow_up(journal)
+
+    def when_safe(self, call: Callable[[], object]) -> None:
+        """Make a call that destroys what was before: not until what was written so far survives a loss of power."""
+        if self._journal is None:
+            call()
+        else:
+            self._waiting.append((self._journal.count, call))
 
     def sync(self) -> None:
         """Return when what was written survives a loss of power."""
         if self._journal is not None:
             self._journal.sync()
+            self._follow_up(self._journal)
 
     def close(self) -> None:
         """Let go of it."""
         if self._journal is not None:
+            self.sync()
             self._journal.close()
+
+    def _follow_up(self, journal: Journal) -> None:
+        while self._waiting and self._waiting[0][0] <= journal.synced:
+            self._waiting.popleft()[1]()

@@ -78,6 +78,7 @@ def finished_facts(finished: Finished) -> dict[str, Any]:
         "spans": [spans.began, spans.loaded, spans.trained, spans.ended, spans.validation_s, spans.build_s],
         "worker": finished.worker.number,
         "best_written": finished.best_written,
+        "exported": finished.exported,
         "should_stop": finished.should_stop,
     }
 
@@ -159,6 +160,7 @@ class _Teller:
             self.past.released.add(body["trial"])
             page = self._book[body["trial"]]
             page.last_checkpoint = None if body["last"] is None else self._book.path(page, body["last"])
+            page.digests.update(body.get("digests", {}))
         elif row.kind == WISHED:
             self._book[body["trial"]].wish = Decision(body["decision"])
 
@@ -184,7 +186,7 @@ class _Teller:
             match order:
                 case ReportUnit(_, unit):
                     page = self._book[unit.trial]
-                    self._book.note(page, page.report(order, self._shards), order)
+                    self._book.note(page, page.report(order, self._shards), order, lambda call: call())
                 case DropState(trial, status):
                     self.past.ended[trial] = status
                     if isinstance(event, WorkerLost):
@@ -234,7 +236,7 @@ def _finished(event: UnitFinished, body: dict[str, Any]) -> Finished:
     facts = body["finished"]
     return Finished(
         WorkerId(facts["worker"]), event.job, event.unit, facts["metrics"], facts["used"], facts["digest"],
-        Spans(*facts["spans"]), facts["best_written"], None, facts["should_stop"],
+        Spans(*facts["spans"]), facts["best_written"], facts.get("exported", ""), None, facts["should_stop"],
     )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +24,7 @@ from cerebro_tune.commands import CommandQueue
 from cerebro_tune.configtext import config_text, plain_config
 from cerebro_tune.crew import Crew
 from cerebro_tune.durable import DurableStates
-from cerebro_tune.errors import ConfigurationError, DamagedStateError, StateMemoryError
+from cerebro_tune.errors import ConfigurationError, StateMemoryError, StateTooLargeError
 from cerebro_tune.events import (
     Event,
     RunResumed,
@@ -44,7 +43,7 @@ from cerebro_tune.exporter import Exporter
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import DropState, Instruction, ReportUnit, StartJob
 from cerebro_tune.journal import Journal, Row
-from cerebro_tune.ledger import Ledger
+from cerebro_tune.ledger import FullDisk, Ledger
 from cerebro_tune.policy import make_policy
 from cerebro_tune.progress import Progress, Snapshot, take_snapshot
 from cerebro_tune.recovery import (
@@ -52,7 +51,6 @@ from cerebro_tune.recovery import (
     RELEASED,
     SAVED,
     WISHED,
-    Arrears,
     Given,
     Past,
     Replayed,
@@ -77,6 +75,7 @@ from cerebro_tune.workers.messages import (
     Raised,
     Ready,
     Task,
+    Waiting,
 )
 
 T = TypeVar("T")
@@ -96,9 +95,12 @@ class Run:
         journal: Journal | None = None,
     ) -> None:
         self.settings = settings
-        self._ledger = Ledger(journal, self._trouble, lambda: self._interrupted)
+        clock = workers.clock
+        self._disk = FullDisk(clock, self._trouble, self._stopped)
+        self._ledger = Ledger(journal, self._disk)
         self._undispatched = False
         self._workers, self._store = workers, store
+        store.stand_still = self._disk.stand_still
         self._crew = Crew(workers, settings)
         self._tuner, self._progress = tuner, progress
         spec = settings.spec
@@ -114,7 +116,7 @@ class Run:
         self._book = TrialBook(settings, recipe)
         self._timeline = Timeline(workers.ids, settings.trace)
         self._commands = CommandQueue(workers.wake)
-        self._exporter = Exporter(self._book)
+        self._exporter = Exporter(self._book, clock, self._disk)
         self._inbox: deque[Message] = deque()
         self._orders: deque[Instruction] = deque()
         self._results: dict[str, Finished] = {}
@@ -124,8 +126,9 @@ class Run:
         self._durable: DurableStates | None = None
         if journal is not None and settings.durable_every is not None:
             self._durable = DurableStates(
-                settings.run_dir, settings.durable_every, store, self._commands.post, self._saved, self._trouble
-            )
+                settings.run_dir, settings.durable_every, store, self._commands.post, self._saved, self._trouble,
+                self._ledger.when_safe, clock,
+            )  # fmt: skip
         self._is_where_it_was = True
         """Whether the states of trials are those that the book tells of."""
         self._search_ended = self._interrupted = self._shown = False
@@ -322,6 +325,8 @@ class Run:
                         self._note_late(late)
                     case Output() as output:
                         self._print(output)
+                    case Waiting() as waiting:
+                        self._note_waiting(waiting)
         for worker in self._crew.ids:
             self._apply(WorkerJoined(worker, self._crew.holdings(worker)))
         for worker in sorted(self._crew.unready):
@@ -352,6 +357,8 @@ class Run:
             case Late():
                 self._note_late(message)
                 self._apply(WorkerStayedAway(message.worker))
+            case Waiting():
+                self._note_waiting(message)
 
     def _finished(self, message: Finished) -> None:
         unit = message.unit
@@ -381,7 +388,8 @@ class Run:
                 f"That happened to this trial more than max_failures={self.settings.max_failures} times."
             )
         if message.worker not in self._crew.unready:  # it had joined
-            self._apply(WorkerLost(message.worker), error=None if unit is None else self._book[unit.trial].error)
+            error = None if unit is None else self._book[unit.trial].error
+            self._apply(WorkerLost(message.worker, message.with_node), error=error)
         what = ""
         if unit is not None and self._hopper.status(unit.trial) is not Status.FAILED:
             self._book[unit.trial].error = None
@@ -393,6 +401,9 @@ class Run:
         self._crew.late.add(message.worker)
         what = f"{message.worker} is not up: {message.reason}. The others do its part until it is"
         self._progress.say(what, "stderr")
+
+    def _note_waiting(self, message: Waiting) -> None:
+        self._disk.tell(f"{message.worker} stands still: {message.reason}")
 
     def _print(self, output: Output) -> None:
         for line in output.text.splitlines():
@@ -487,6 +498,8 @@ class Run:
         """A working buffer for the unit that a worker runs; called inside `Workers.wait`."""
         try:
             return self._store.grow(trial, nbytes)
+        except StateTooLargeError:
+            raise  # which fails this trial
         except StateMemoryError as error:
             self._fatal = error
             raise
@@ -497,7 +510,7 @@ class Run:
         report = page.report(due, self.settings.shards)
         if warning := self._book.check_metric(page, due):
             self._progress.say(warning, "stderr")
-        self._book.note(page, report, due)
+        self._book.note(page, report, due, self._ledger.when_safe)
         if due.epoch_done:
             self._progress.reported(trial_id, report)
         decision = self._tuner.on_report(trial_id, report)
@@ -531,10 +544,12 @@ class Run:
         page, status = self._book[trial], self._hopper.status(trial)
         self._book.recipe_of(page).end_log(trial, status.value)
         page.brought = None
+        if page.checkpoint is not None:
+            self._ledger.sync()  # the best is in its place
         # The tuner before the memory: it may want the state. And before the row: what it has not heard it hears again.
         self._tuner.on_end(self._book.result(page, status, cut_short=False))
         last = page.last_checkpoint
-        self._ledger.note(RELEASED, trial=trial, last=None if last is None else last.stem)
+        self._ledger.note(RELEASED, trial=trial, last=None if last is None else last.stem, digests=page.digests)
         if self._durable is not None:
             self._durable.forget(trial)
         self._crew.forget((trial,), self._store.drop(trial))
@@ -617,23 +632,10 @@ class Run:
         """Bring back the states of trials, and do what was decided and not done when the coordinator died."""
         for away in self._hopper.lost - {worker.number for worker in self._crew.ids}:
             self._apply(WorkerStayedAway(WorkerId(away)))
-        catch_up = CatchUp(self._crew, self._store, self._task_again, self._trouble)
-        catch_up.run(
-            [self._bring_back(page, past) for page in self._book if self._is_wanted(page, past)], self._stopped
-        )
+        self._catch_up(self._trouble).bring_back(past, self._durable, self._exporter.due)
         if self._interrupted:
             return
         self._is_where_it_was = True
-        for page in self._book:
-            if (
-                page.source is not None
-                and page.trial.id not in past.saved
-                and not self._hopper.status(page.trial.id).ended
-            ):
-                self._store.clone(page.trial.id, page.source)  # its row is the last: the source stands where it stood
-                self._save_now(page)
-        if self._durable is not None:
-            self._durable.clear_strays()
         self._results |= past.early
         for trial, status in past.ended.items():
             if trial not in past.released:
@@ -655,47 +657,11 @@ class Run:
         self._apply(RunResumed())
         self._commands.take_over()
         self._assemble()
-        pages = [self._page(trial)]
-        while pages[0].source is not None:
-            pages.insert(0, self._page(pages[0].source))
-        ends = [*(page.inherited for page in pages[1:]), pages[-1].units]
-        catch_up = CatchUp(self._crew, self._store, self._task_again, lambda _: None)
-        for before, page, end in zip([None, *pages], pages, ends, strict=False):
-            if before is not None:
-                self._store.clone(page.trial.id, before.trial.id)
-            again = Arrears.of(page, page.inherited, past)
-            own = slice(end - page.inherited)
-            again = replace(again, units=again.units[own], digests=again.digests[own], early=False)
-            catch_up.run([again], self._stopped)
-        different = [(unit.epoch, unit.shard) for unit in catch_up.differing if unit.trial == trial]
-        return Replayed(trial, pages[-1].units - pages[-1].inherited, tuple(different))
+        return self._catch_up(lambda _: None).train_again(self._page(trial), past)
 
-    def _is_wanted(self, page: TrialPage, past: Past) -> bool:
-        trial = page.trial.id
-        if not page.shipped:  # nobody says what it was made of
-            return False
-        if self._hopper.status(trial).ended:
-            return trial not in past.released and self._exporter.due(page)
-        if page.source is not None and trial not in past.saved:
-            return False
-        return page.units > 0 or trial in past.early
-
-    def _bring_back(self, page: TrialPage, past: Past) -> Arrears:
-        """Take a trial's last state from the disk; returns the units since."""
-        trial, units = page.trial.id, 0
-        if (saved := past.saved.get(trial)) is not None and self._durable is not None:
-            path = self._durable.found(trial, saved.file)
-            try:
-                self._store.restore(trial, path)
-                units = saved.units
-            except (OSError, DamagedStateError) as error:
-                if page.inherited:
-                    raise
-                self._trouble(f"{trial} is trained again from its beginning: {error}")
-        return Arrears.of(page, units, past)
-
-    def _task_again(self, unit: Unit, done: int) -> Task:
-        return self._task_of(0, unit, done, None)
+    def _catch_up(self, say: Callable[[str], object]) -> CatchUp:
+        task = lambda unit, done: self._task_of(0, unit, done, None)  # noqa: E731
+        return CatchUp(self._crew, self._store, self._hopper, self._book, task, say, self._stopped)
 
     def _stopped(self) -> bool:
         return self._interrupted
@@ -715,8 +681,6 @@ class Run:
         if not self._commands.close():
             return
         self._exporter.close()
-        if self._durable is not None:
-            self._durable.close()
         self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})
         for page in self._book:
             if not (status := self._hopper.status(page.trial.id)).ended:
@@ -724,6 +688,8 @@ class Run:
         self._book.clear_staged(self._results.keys())
         self._store.close()
         self._ledger.close()
+        if self._durable is not None:
+            self._durable.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")
         if self._shown:

@@ -7,12 +7,10 @@ header once more and compares it, so that one flipped bit anywhere is noticed. N
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from cerebro_tune.errors import DamagedStateError
 from cerebro_tune.regions import ARRAY, TENSOR, aligned, clear_tail, contiguous
 from cerebro_tune.state import digest, parts, plan, read, seal, write
 from cerebro_tune.treecodec import named_leaves
+from cerebro_tune.wholefile import whole_file
 
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {  # torch's and NumPy's names -> safetensors' name and bytes; the others are stored as plain bytes
@@ -62,22 +61,10 @@ def save(state: Any, path: Path | str, durable: bool = True) -> str:
     table = rows.decode("ascii")
     entries = _entries(table, text)
     checksum = digest(state, end + len(table) + len(text))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_header(table, text, checksum, entries))
-            for entry in entries:
-                file.write(memory[entry.offset : entry.offset + entry.nbytes])
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    if durable:
-        _sync_folder(path.parent)
+    with whole_file(path, durable) as file:
+        file.write(_header(table, text, checksum, entries))
+        for entry in entries:
+            file.write(memory[entry.offset : entry.offset + entry.nbytes])
     return checksum
 
 
@@ -184,13 +171,3 @@ def _damaged(path: Path | str, why: str) -> DamagedStateError:
     return DamagedStateError(
         f"the saved state {path} is damaged: {why}. Delete it; the units since an earlier state are computed again"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power failure; Windows keeps it by itself and cannot open folders."""
-    if os.name == "posix":
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from cerebro_tune.budget import state_budget
 from cerebro_tune.buffers import Buffer, BufferCache, BufferRef, Mapped, copy, has_anonymous_memory, readable
-from cerebro_tune.errors import StateError, StateMemoryError
+from cerebro_tune.errors import StateError, StateMemoryError, StateTooLargeError
 from cerebro_tune.statefile import load_into, save
+from cerebro_tune.wholefile import once_there_is_room
 
 __all__ = ["BufferCache", "BufferRef", "StateStore", "copy", "state_budget"]
 
@@ -74,6 +75,8 @@ class StateStore:
         self._keys, self._files = itertools.count(), itertools.count()
         self._folder: Path | None = None
         self._allocate = allocate or self._new_buffer
+        self.stand_still: Callable[[OSError], object] = _give_up
+        """What is called, again and again, while the disk is full; it may raise to give up."""
         self._clear_spilled()  # of a run that was killed
 
     # What a unit needs
@@ -271,7 +274,8 @@ class StateStore:
         file = self._spill_dir / f"state-{next(self._files)}.safetensors"
         try:
             self._spill_dir.mkdir(parents=True, exist_ok=True)
-            save(Mapped.open(image.buffer.ref, populate=False), file, durable=False)
+            mapped = Mapped.open(image.buffer.ref, populate=False)
+            once_there_is_room(lambda: save(mapped, file, durable=False), self.stand_still)
         except OSError as error:
             raise StateMemoryError(
                 f"the states need more than state_memory={readable(self.budget_bytes)}, and a paused one could not be "
@@ -293,7 +297,7 @@ class StateStore:
         """A buffer from the pool or a new one; what is cold gives way."""
         capacity = rounded(nbytes)
         if capacity > self.budget_bytes:
-            raise StateMemoryError(
+            raise StateTooLargeError(
                 f"one state needs {readable(capacity)}, more than state_memory={readable(self.budget_bytes)} for all "
                 f"of them: set state_memory higher, to several times that"
             )
@@ -365,3 +369,7 @@ def rounded(nbytes: int) -> int:
     """A capacity of at least `nbytes`, from eight sizes per power of two, so that buffers of like states are alike."""
     step = max(SMALLEST, 1 << max(0, nbytes.bit_length() - 4))
     return -(-nbytes // step) * step
+
+
+def _give_up(error: OSError) -> None:
+    raise error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cerebro_tune.units import WorkerId
+from cerebro_tune.wholefile import whole_file
 from cerebro_tune.workers.messages import Finished
 
 
@@ -110,6 +110,5 @@ class Timeline:
                         }
                     )
             free_since[finished.worker] = spans.ended
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-        os.replace(partial, path)
+        with whole_file(path) as file:
+            file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -36,6 +35,7 @@ from cerebro_tune.trainable import (
     names_of_groups,
     note_groups,
 )
+from cerebro_tune.wholefile import whole_file
 
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32": (torch.float32, None),
@@ -328,7 +328,7 @@ class TorchRecipe(Recipe):
         return self.trainable()
 
     def export(self, state: dict[str, Any], path: Path) -> None:  # noqa: D102
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         # Cloned one by one: safetensors refuses tied and non-contiguous tensors.
         tensors = {
@@ -336,9 +336,9 @@ class TorchRecipe(Recipe):
             for name, tensor in state["model"].items()
             if isinstance(tensor, Tensor)  # not the extra state of a module
         }
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial)
-        os.replace(partial, path)
+        content = save(tensors)
+        with whole_file(path) as file:
+            file.write(content)
 
 
 class _ReadKeys(dict[str, Any]):

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from cerebro_tune.errors import NotTrainableError
 from cerebro_tune.sources import source_digest
+from cerebro_tune.wholefile import digest_of_file, once_there_is_room, sync_file, sync_folder
 
 Config = Mapping[str, Any]
 
@@ -162,6 +163,18 @@ class Recipe(ABC):
     @abstractmethod
     def export(self, state: dict[str, Any], path: Path) -> None:
         """Write `state` as a checkpoint that the host's own tools open."""
+
+    def keep(self, state: dict[str, Any], path: Path, stand_still: Callable[[OSError], object]) -> str:
+        """Export it so that it outlives a loss of power, and return the digest of the file.
+
+        On a full disk `stand_still` is called until there is room; it may raise to give up.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        once_there_is_room(lambda: self.export(state, path), stand_still)
+        if path.exists():  # a host may have its own names for what it writes there
+            sync_file(path)
+        sync_folder(path.parent)
+        return digest_of_file(path)
 
     def takes(self, key: str) -> bool:
         """Whether the model itself takes this key of the config (`batch_size` and `epochs` are ours only if not)."""

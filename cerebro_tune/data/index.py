@@ -26,6 +26,7 @@ from cerebro_tune.data.order import Rows, shard_bounds, stratified_order, write_
 from cerebro_tune.errors import DataError, NotPicklableError
 from cerebro_tune.seeding import kept_streams, one_thread, seed_data, seed_row
 from cerebro_tune.warn import warn_user
+from cerebro_tune.wholefile import whole_file
 
 _KIND = "cerebro_tune index"
 _FORMAT = 1
@@ -58,7 +59,8 @@ class IndexManifest:
 
     def write(self, path: Path) -> None:
         """Keep it in a file."""
-        path.write_text(json.dumps({"kind": _KIND, "format": _FORMAT} | asdict(self), indent=1) + "\n")
+        with whole_file(path) as file:
+            file.write((json.dumps({"kind": _KIND, "format": _FORMAT} | asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> IndexManifest:

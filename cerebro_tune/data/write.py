@@ -16,7 +16,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -33,6 +32,7 @@ from cerebro_tune.data.remote import is_uri, uploaded
 from cerebro_tune.data.schema import canonical_schema, conform, from_values, require_columns, tensor_type, to_values
 from cerebro_tune.data.sources import Source, open_source, validated
 from cerebro_tune.errors import DataError
+from cerebro_tune.wholefile import sync_folder, whole_file
 
 # Rows in flight while the stream is sorted by shard: large enough for slices of some size, small beside a shard.
 _CHUNK_BYTES = 16 << 20
@@ -68,8 +68,8 @@ def write_shards(
     try:
         schema, entries = _write_into(work, table, schema, (num_shards, seed, stratify))
         manifest = Manifest(schema, seed, stratify, tuple(entries))
-        _write_durably(work / FILE_NAME, manifest.to_json())
-        _sync_folder(work)
+        with whole_file(work / FILE_NAME, durable=True) as file:
+            file.write(manifest.to_json().encode())
         _move(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -282,23 +282,6 @@ def _free_target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return  # folders cannot be opened there
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _move(work: Path, target: Path) -> None:
     try:
         if target.exists():
@@ -310,4 +293,4 @@ def _move(work: Path, target: Path) -> None:
                 f"{target} was made by someone else while this set was written; choose another path"
             ) from error
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)

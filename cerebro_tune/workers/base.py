@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import entry_points
@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 
 from cerebro_tune.arguments import cores, devices_of
+from cerebro_tune.clock import CLOCK, Clock
 from cerebro_tune.errors import ConfigurationError, NotPicklableError
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import WorkerId
@@ -35,6 +36,8 @@ class Workers(ABC):
     """Whether the workers, once started, are on several machines."""
     may_hang = True
     """Whether a worker that hangs leaves the coordinator free to notice."""
+    clock: Clock = CLOCK
+    """What the time of runs on these workers is counted by."""
 
     def __init__(self, devices: Sequence[str], threads: int, first: int = 0) -> None:
         self.ids = tuple(WorkerId(first + number) for number in range(len(devices)))
@@ -80,6 +83,10 @@ class Workers(ABC):
     @abstractmethod
     def wake(self) -> None:
         """Make `wait` return. From any thread, and from a signal handler."""
+
+    def stopped(self) -> Collection[WorkerId]:
+        """Workers whose process a signal or a debugger has stopped, as far as that can be known."""
+        return ()
 
     @abstractmethod
     def restart(self, worker: WorkerId) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from threading import Lock, Thread
+from time import sleep
 
 from cerebro_tune.errors import StateMemoryError
 from cerebro_tune.store import BufferRef
@@ -27,6 +28,7 @@ from cerebro_tune.workers.messages import (
     Rest,
     Setup,
     Task,
+    Waiting,
 )
 from cerebro_tune.workers.runner import UnitRunner, run_task, set_up
 
@@ -86,7 +88,7 @@ class _Worker:
         self._connection, self._lock = connection, Lock()
         self._worker = boot.worker
         self._trial: str | None = None
-        self._runner = UnitRunner(boot.worker, boot.device, self._grow)
+        self._runner = UnitRunner(boot.worker, boot.device, self._grow, self._stand_still)
         sys.stdout = Relay("stdout", self._relay)
         sys.stderr = Relay("stderr", self._relay)
 
@@ -130,6 +132,10 @@ class _Worker:
         if grant.buffer is None:
             raise StateMemoryError(grant.error)
         return grant.buffer
+
+    def _stand_still(self, error: OSError) -> None:
+        self._say(Waiting(self._worker, str(error)))
+        sleep(1.0)
 
     def _relay(self, stream: str, text: str) -> None:
         self._say(Output(self._worker, self._trial, stream, text))

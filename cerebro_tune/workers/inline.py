@@ -52,9 +52,7 @@ class InlineWorkers(Workers):
             with _borrowed_process(self.threads):
                 self._said.append(run_task(self._runners[worker], task))
         if not self._said:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._pipe.reader, selectors.EVENT_READ)
-                selector.select(timeout_s)
+            self._woken(timeout_s)
             self._pipe.silence()
         said = list(self._said)
         self._said.clear()
@@ -64,12 +62,25 @@ class InlineWorkers(Workers):
         if self._pipe is not None:
             self._pipe.ring()
 
+    def _woken(self, timeout_s: float | None) -> bool:
+        """Wait for a `wake`, and tell whether it came."""
+        assert self._pipe is not None, "wait before start"
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._pipe.reader, selectors.EVENT_READ)
+            return bool(selector.select(timeout_s))
+
+    def _stand_still(self, error: OSError) -> None:
+        """Look after a second whether there is room; who wakes the loop, by Ctrl-C say, must not wait for it."""
+        print(f"A unit waits for room on the disk: {error}", file=sys.stderr)
+        if self._woken(1.0):
+            raise error
+
     def restart(self, worker: WorkerId) -> None:  # noqa: D102
         self._tasks = deque((whose, task) for whose, task in self._tasks if whose != worker)
         self._said = deque(message for message in self._said if message.worker != worker)
         if runner := self._runners.pop(worker, None):
             runner.close()
-        self._runners[worker] = UnitRunner(worker, self.device(worker), self._grow)
+        self._runners[worker] = UnitRunner(worker, self.device(worker), self._grow, self._stand_still)
         self._said.append(Joined(worker))
 
     def close(self) -> None:  # noqa: D102

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from time import monotonic
 
+import psutil
+
 from cerebro_tune.errors import StateMemoryError, WorkerError
 from cerebro_tune.units import WorkerId
 from cerebro_tune.workers import server
@@ -89,6 +91,9 @@ class LocalWorkers(Workers):
         if self._pipe is not None:
             self._pipe.ring()
 
+    def stopped(self) -> list[WorkerId]:  # noqa: D102
+        return [worker for worker, seat in self._seats.items() if _is_stopped(seat.pid)]
+
     def close(self) -> None:  # noqa: D102
         if self._pipe is None:
             return
@@ -162,6 +167,13 @@ class LocalWorkers(Workers):
         except subprocess.TimeoutExpired:
             seat.parent.kill()
             return _told(seat.parent.wait())
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _hear_out(connection: Connection, deadline: float) -> None:

@@ -186,6 +186,8 @@ class Finished:
     digest: str
     spans: Spans
     best_written: bool = False
+    exported: str = ""
+    """The digest of the checkpoint file that it has written; empty if there is none."""
     logged: Any = None
     """What `Trainable.take_log` gave."""
     should_stop: bool = False
@@ -220,10 +222,11 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The worker is gone, with what is known of why."""
+    """The worker is gone, with what is known of why, and whether its whole node is."""
 
     worker: WorkerId
     reason: str = field(default="")
+    with_node: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,4 +237,12 @@ class Late:
     reason: str = field(default="")
 
 
-Message = Joined | Ready | NeedBuffer | Finished | Raised | Output | Lost | Late
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The unit that the worker runs cannot go on for now: the disk is full, say. It says so again and again."""
+
+    worker: WorkerId
+    reason: str
+
+
+Message = Joined | Ready | NeedBuffer | Finished | Raised | Output | Lost | Late | Waiting

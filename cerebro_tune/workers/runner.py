@@ -30,10 +30,19 @@ T = TypeVar("T")
 
 
 class UnitRunner:
-    """The trainables, data and buffers of one worker. `grow(trial, nbytes)` asks the coordinator for a buffer."""
+    """The trainables, data and buffers of one worker.
 
-    def __init__(self, worker: WorkerId, device: str, grow: Callable[[str, int], BufferRef]) -> None:
-        self.worker, self.device, self._grow = worker, device, grow
+    `grow(trial, nbytes)` asks the coordinator for a buffer, `stand_still` is called while the disk is full.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerId,
+        device: str,
+        grow: Callable[[str, int], BufferRef],
+        stand_still: Callable[[OSError], object],
+    ) -> None:
+        self.worker, self.device, self._grow, self._stand_still = worker, device, grow, stand_still
         self._buffers = BufferCache()
         self._seats: dict[str, Trainable] = {}
         self._configs: dict[str, bytes] = {}
@@ -126,7 +135,7 @@ class UnitRunner:
             )
         tree = trainable.state_dict()
         # Before the state is written: where it has grown, that moves others into the memory of the tree's own tensors.
-        best_written = self._export(task, tree, metrics)
+        best_written, exported = self._export(task, tree, metrics)
         used, digest = self._write(task.unit.trial, working, tree)
         return Finished(
             worker=self.worker,
@@ -137,6 +146,7 @@ class UnitRunner:
             digest=digest,
             spans=Spans(began, loaded, trained, monotonic(), timer.elapsed_s, self._build_s),
             best_written=best_written,
+            exported=exported,
             logged=trainable.take_log(),
             should_stop=trainable.should_stop,
         )
@@ -238,15 +248,14 @@ class UnitRunner:
         used = state.write(layout, buffer)
         return used, state.digest(buffer, used)
 
-    def _export(self, task: Task, tree: Any, metrics: dict[str, float]) -> bool:
-        """Write the one checkpoint that is due, if one is; return whether it is the best."""
+    def _export(self, task: Task, tree: Any, metrics: dict[str, float]) -> tuple[bool, str]:
+        """Write the one checkpoint that is due, if one is; return whether it is the best, and its digest."""
         if task.export is None:
-            return False
+            return False, ""
         path, best = task.export.place(metrics)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._recipe_of(task.unit.trial).export(tree, path)
-        return best
+        if path is None:
+            return best, ""
+        return best, self._recipe_of(task.unit.trial).keep(tree, path, self._stand_still)
 
     def _synchronize(self) -> None:
         """Wait for the device, so that training is not accounted as hopping."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from cerebro_tune.wholefile import whole_file
 
 EXTRAS = "cerebro_tune"
 """The key of a checkpoint under which lies what Lightning's own keys do not hold."""
@@ -45,9 +47,12 @@ def export(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 def write(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+    content = (
+        io.BytesIO()
+    )  # to a file of its own torch writes what a full disk makes of it into an error that tells nothing
+    torch.save(checkpoint, content)
+    with whole_file(path) as file:
+        file.write(content.getbuffer())
 
 
 class _Unsafe(Exception):  # noqa: N818  (never leaves this module)

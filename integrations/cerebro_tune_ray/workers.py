@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock, Thread
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import cloudpickle
@@ -49,6 +49,7 @@ from cerebro_tune.workers.messages import (
     RunSpec,
     Setup,
     Task,
+    Waiting,
     kinds_of,
 )
 from cerebro_tune_ray.cluster import Cluster, Resources, as_options, checked, node_of, room
@@ -253,7 +254,8 @@ class RayWorkers(Workers):
             while self._hear(seat):
                 pass
         except Exception as error:  # noqa: BLE001  # the actor, its node or all of Ray is gone
-            self._tell(seat, Lost(seat.worker, _reason(error)))
+            reason = _reason(error)
+            self._tell(seat, Lost(seat.worker, reason, with_node="its node has died" in reason))
 
     def _hear(self, seat: _Seat) -> bool:
         """Take the next item of a stream; false at its end. Who still names an item keeps the copy in the store."""
@@ -283,11 +285,16 @@ class RayWorkers(Workers):
                 mine = Mapped.private(len(array))  # the array is read only, which tensors may not be
                 np.frombuffer(mine.memory, np.uint8)[:] = array
                 recipe: Recipe = cloudpickle.loads(seat.brought.get(finished.unit.trial, seat.recipe))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                recipe.export(state.read(mine), path)
+                exported = recipe.keep(state.read(mine), path, partial(self._stand_still, seat))
             except Exception as error:  # noqa: BLE001  # as it would be in the unit
                 return Raised(finished.worker, finished.job, finished.unit, traceback.format_exc(), kinds_of(error))
-        return replace(finished, best_written=best)
+        return replace(finished, best_written=best, exported=exported)
+
+    def _stand_still(self, seat: _Seat, error: OSError) -> None:
+        if seat.empty:
+            raise error
+        self._tell(seat, Waiting(seat.worker, str(error)))
+        sleep(1.0)
 
     # In: inside `wait`
 

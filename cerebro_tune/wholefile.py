@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, and what it takes for them to outlive a loss of power or wait for room."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import xxhash
+
+T = TypeVar("T")
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+"""What writing raises on a full disk, or beyond a limit that somebody has set."""
+
+
+@contextmanager
+def whole_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name at the end; nothing is left of it where that is not reached.
+
+    `durable` waits until the disk has it, so that it survives a power failure.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the disk has a file that was written before."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was named anew in a folder survive a power failure; Windows does by itself, and cannot open folders."""
+    if os.name == "posix":
+        sync_file(folder)
+
+
+def digest_of_file(path: Path) -> str:
+    """A hash of the file's bytes; empty where there is no such file."""
+    hashed = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                hashed.update(piece)
+    except FileNotFoundError:
+        return ""
+    return hashed.hexdigest()
+
+
+def once_there_is_room(act: Callable[[], T], stand_still: Callable[[OSError], object]) -> T:
+    """Do this, again and again while the disk is full; `stand_still` waits a little, or raises to give up."""
+    while True:
+        try:
+            return act()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            stand_still(error)
