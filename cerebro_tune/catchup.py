@@ -38,7 +38,7 @@ class CatchUp:
         """Those whose digest was another than the journal's."""
 
     def bring_back(self, past: Past, durable: DurableStates | None, due: Callable[[TrialPage], bool]) -> None:
-        """Have the states that are still needed in the store, and the latest ones on disk; what is `due` is exported."""
+        """Have the states that are still needed in the store, and the latest on disk; what is `due` is exported."""
         wanted = [page for page in self._book if self._is_wanted(page, past, due)]
         self._train([self._arrears(page, past, durable) for page in wanted])
         if self._interrupted():

@@ -372,4 +372,7 @@ def rounded(nbytes: int) -> int:
 
 
 def _give_up(error: OSError) -> None:
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # or it would hold this frame, which holds it, and with it what is mapped
