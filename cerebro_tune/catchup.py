@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 
 from cerebro_tune.book import TrialBook, TrialPage
 from cerebro_tune.crew import Crew
@@ -15,8 +16,8 @@ from cerebro_tune.store import StateStore
 from cerebro_tune.units import Unit, WorkerId
 from cerebro_tune.workers.messages import Finished, Lost, Message, Raised, Ready, Task
 
-MakeTask = Callable[[Unit, int], Task]
-"""The task of a unit, which is number `done` of its trial."""
+MakeTask = Callable[[int, Unit, int], Task]
+"""The task of a unit, which is number `done` of its trial, as a job of this number."""
 
 
 class CatchUp:
@@ -34,6 +35,9 @@ class CatchUp:
     ) -> None:
         self._crew, self._store, self._hopper, self._book = crew, store, hopper, book
         self._make_task, self._say, self._interrupted = make_task, say, interrupted
+        self._running: dict[WorkerId, tuple[int, Arrears]] = {}
+        """What each worker does, and as which job."""
+        self._jobs = count(-1, -1)  # those of the state machine are positive: a late answer to one is none to the other
         self.differing: list[Unit] = []
         """Those whose digest was another than the journal's."""
 
@@ -94,43 +98,45 @@ class CatchUp:
     def _train(self, arrears: Sequence[Arrears]) -> None:
         """Train all of it; WorkerError where a unit raises that did not before."""
         waiting = [each for each in arrears if each.units]
-        running: dict[WorkerId, Arrears] = {}
-        while (waiting or running) and not self._interrupted():
+        while (waiting or self._running) and not self._interrupted():
             for worker in self._crew.ids:
-                if worker not in running and worker not in self._crew.unready:
+                if worker not in self._running and worker not in self._crew.unready:
                     mine = self._crew.holdings(worker)
                     if (each := next((each for each in waiting if each.units[0].shard in mine), None)) is not None:
                         waiting.remove(each)
-                        running[worker] = each
-                        self._crew.give(worker, [self._make_task(each.units[0], each.done)])
+                        self._running[worker] = job, _ = next(self._jobs), each
+                        self._crew.give(worker, [self._make_task(job, each.units[0], each.done)])
             for message in [*self._crew.wait(self._crew.patience_s), *self._crew.silent()]:
-                self._hear(message, running, waiting)
+                self._hear(message, waiting)
 
-    def _hear(self, message: Message, running: dict[WorkerId, Arrears], waiting: list[Arrears]) -> None:
+    def _is_of(self, message: Finished | Raised) -> bool:
+        return message.worker in self._running and self._running[message.worker][0] == message.job
+
+    def _hear(self, message: Message, waiting: list[Arrears]) -> None:
         match message:
             case Ready():
                 self._crew.became_ready(message)
-            case Finished():
-                each = running.pop(message.worker)
+            case Finished() if self._is_of(message):
+                _, each = self._running.pop(message.worker)
                 self._crew.ended(message.worker)
                 self._commit(each, message)
                 if each.units:
                     waiting.append(each)
-            case Raised():
+            case Raised() if self._is_of(message):
                 raise WorkerError(
                     f"{message.unit.trial} raised in epoch {message.unit.epoch}, shard {message.unit.shard}, which it "
                     f"had trained before the run was taken up: what it does is not a function of its seeds.\n"
                     f"{message.error}"
                 )
             case Lost():
-                if message.worker in running:
-                    each = running.pop(message.worker)
+                if message.worker in self._running:
+                    _, each = self._running.pop(message.worker)
                     self._store.abandon(each.page.trial.id)
                     waiting.append(each)
                 self._crew.ended(message.worker, whole=False)
                 self._crew.replace(message, check=False)
             case _:
-                pass  # what it prints was printed before
+                pass  # what it prints was printed before, and who answers late or twice was heard
 
     def _commit(self, each: Arrears, message: Finished) -> None:
         unit, expected = each.units.pop(0), each.digests.pop(0)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cerebro_tune.clock import Clock
+from cerebro_tune.ledger import FullDisk
 from cerebro_tune.store import StateStore
 
 FOLDER = "states"
@@ -31,12 +32,13 @@ class DurableStates:
         failed: Callable[[str], None],
         when_safe: Callable[[Callable[[], object]], object],
         clock: Clock,
+        disk: FullDisk,
     ) -> None:
         self.folder = run_dir / FOLDER
         self._every, self._store, self._post, self._saved, self._failed = every, store, post, saved, failed
         self._files: dict[str, Path] = {}
         self._writing: set[str] = set()
-        self._when_safe = when_safe
+        self._when_safe, self._disk = when_safe, disk
         self._thread = clock.beside("durable")
 
     @property
@@ -91,7 +93,7 @@ class DurableStates:
     def _write(self, held: str, trial: str, units: int) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{trial}-{units}.safetensors"
-        self._store.save(held, path)
+        self._disk.wait_out(lambda: self._store.save(held, path))
         return path
 
     def _conclude(self, held: str, trial: str, units: int, done: Future[Path]) -> None:

@@ -346,7 +346,7 @@ class Cerebro:
             if not hosted and (
                 self.run_dir is not None or not remote_kind(folder)
             ):  # one without a name is not taken up
-                journal = Journal(folder)
+                journal = Journal(folder, self._workers.clock)
             run = self._run_of(
                 settings, recipe, tuner, journal, given, make_progress(False if hosted else self._progress)
             )

@@ -26,6 +26,10 @@ class TrialReading:
     id: str
     config: str
     """As JSON text."""
+    source: str | None = None
+    """The trial that it goes on from."""
+    inherited: int = 0
+    """Units that that one had behind it then."""
     status: str = "queued"
     units: int = 0
     total: int = 0
@@ -80,8 +84,11 @@ class RunReading:
             event = to_event(row.kind, body["event"])
             self._hopper.apply(event)
             match event:
-                case TrialAdded(trial) | TrialCloned(trial, _):
+                case TrialAdded(trial):
                     self.trials[trial.id] = TrialReading(trial.id, body["text"])
+                case TrialCloned(trial, source):
+                    inherited = self._hopper.progress(trial.id)[1]
+                    self.trials[trial.id] = TrialReading(trial.id, body["text"], source, inherited)
                 case UnitFinished(_, unit, _):
                     reading, facts = self.trials[unit.trial], body["finished"]
                     reading.metrics = facts["metrics"]

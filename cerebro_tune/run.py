@@ -127,7 +127,7 @@ class Run:
         if journal is not None and settings.durable_every is not None:
             self._durable = DurableStates(
                 settings.run_dir, settings.durable_every, store, self._commands.post, self._saved, self._trouble,
-                self._ledger.when_safe, clock,
+                self._ledger.when_safe, clock, self._disk,
             )  # fmt: skip
         self._is_where_it_was = True
         """Whether the states of trials are those that the book tells of."""
@@ -640,8 +640,9 @@ class Run:
         for trial, status in past.ended.items():
             if trial not in past.released:
                 self._orders.append(DropState(trial, status))
-        for page in list(self._book):
-            trial, status = page.trial.id, self._hopper.status(page.trial.id)
+        # Taken down before anything is decided, which may bring on the next report, of which the tuner hears by itself.
+        for page, status in [(page, self._hopper.status(page.trial.id)) for page in self._book]:
+            trial = page.trial.id
             stops = page.latest is not None and page.latest.should_stop and page.wish is None and not status.ended
             if stops and self._hopper.progress(trial)[1] < page.trial.epochs * self.settings.shards:
                 self._wish(trial, Decision.STOP)
@@ -660,7 +661,7 @@ class Run:
         return self._catch_up(lambda _: None).train_again(self._page(trial), past)
 
     def _catch_up(self, say: Callable[[str], object]) -> CatchUp:
-        task = lambda unit, done: self._task_of(0, unit, done, None)  # noqa: E731
+        task = lambda job, unit, done: self._task_of(job, unit, done, None)  # noqa: E731
         return CatchUp(self._crew, self._store, self._hopper, self._book, task, say, self._stopped)
 
     def _stopped(self) -> bool:
@@ -681,15 +682,15 @@ class Run:
         if not self._commands.close():
             return
         self._exporter.close()
+        self._ledger.close()
+        if self._durable is not None:
+            self._durable.close()
         self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})
         for page in self._book:
             if not (status := self._hopper.status(page.trial.id)).ended:
                 self._book.recipe_of(page).end_log(page.trial.id, status.value)
         self._book.clear_staged(self._results.keys())
         self._store.close()
-        self._ledger.close()
-        if self._durable is not None:
-            self._durable.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")
         if self._shown:
