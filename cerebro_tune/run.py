@@ -633,6 +633,9 @@ class Run:
         for away in self._hopper.lost - {worker.number for worker in self._crew.ids}:
             self._apply(WorkerStayedAway(WorkerId(away)))
         self._catch_up(self._trouble).bring_back(past, self._durable, self._exporter.due)
+        for worker in sorted(self._crew.unready):
+            if worker.number not in self._hopper.lost:  # it died meanwhile, and joins again when its place is taken
+                self._apply(WorkerLost(worker))
         if self._interrupted:
             return
         self._is_where_it_was = True
