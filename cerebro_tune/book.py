@@ -195,7 +195,7 @@ class TrialBook:
         """Remove what was written by units that were not committed, but for trials whose next one ended `early`."""
         for page in self:
             folder = self.path(page, "best").parent
-            for path in () if page.trial.id in early else [*folder.glob("best.[0-9]*"), *folder.glob("*.partial")]:
+            for path in () if page.trial.id in early else {*folder.glob("best.[0-9]*"), *folder.glob("*.partial")}:
                 path.unlink()
 
     def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:

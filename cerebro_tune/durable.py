@@ -10,6 +10,7 @@ from pathlib import Path
 from cerebro_tune.clock import Clock
 from cerebro_tune.ledger import FullDisk
 from cerebro_tune.store import StateStore
+from cerebro_tune.wholefile import durable_folder
 
 FOLDER = "states"
 
@@ -91,7 +92,7 @@ class DurableStates:
             self.folder.rmdir()
 
     def _write(self, held: str, trial: str, units: int) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        durable_folder(self.folder)
         path = self.folder / f"{trial}-{units}.safetensors"
         self._disk.wait_out(lambda: self._store.save(held, path))
         return path

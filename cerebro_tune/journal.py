@@ -34,7 +34,7 @@ import xxhash
 
 from cerebro_tune.clock import CLOCK, Clock
 from cerebro_tune.errors import ConfigurationError, DamagedJournalError, RunBusyError
-from cerebro_tune.wholefile import sync_folder
+from cerebro_tune.wholefile import durable_folder, sync_folder
 
 NAME, LOCK = "journal.sqlite", "lock"
 FORMAT = 1
@@ -63,7 +63,7 @@ class Journal:
 
     def __init__(self, folder: Path, clock: Clock = CLOCK) -> None:
         _check_local(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        durable_folder(folder)
         self._lock = _take_lock(folder / LOCK)
         path = folder / NAME
         try:
@@ -75,8 +75,7 @@ class Journal:
             self._database = _connect(path)
             self._database.execute(_TABLE.replace("table", "table if not exists"))
             self._wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CREAT)
-            for made in (folder, folder.parent):
-                sync_folder(made)
+            sync_folder(folder)
         except BaseException:
             os.close(self._lock)
             raise

@@ -217,8 +217,6 @@ class Run:
         """
         self._is_where_it_was = False
         self._past = retell(self._ledger.rows, self._hopper, self._book, self.settings.shards, given)
-        if self._past.unended or not self._past.search_ended:
-            self._apply(RunResumed())
 
     @property
     def unended(self) -> set[str]:
@@ -252,7 +250,9 @@ class Run:
         self._progress.start(self.snapshot)
         self._shown = True
         self._assemble()
-        if self._past is not None:
+        if self._past is None:
+            self._let_join()
+        else:
             self._go_on_from(self._past)
         self._carry_out_commands()
 
@@ -307,10 +307,7 @@ class Run:
         )
 
     def _assemble(self) -> None:
-        """Every worker opens and checks its data before any of them trains; they join in order, so that runs repeat.
-
-        Who is late joins as well, and is lost at once: it has its place, and the others do its part until it is up.
-        """
+        """Every worker opens and checks its data before any of them trains."""
         for worker in self._crew.ids:
             self._crew.set_up(worker, check=True)
         while self._crew.awaited and not self._interrupted:
@@ -327,11 +324,19 @@ class Run:
                         self._print(output)
                     case Waiting() as waiting:
                         self._note_waiting(waiting)
+
+    def _let_join(self) -> None:
+        """Workers join in order, so that runs repeat.
+
+        Who is not ready joins as well, and is lost at once: it has its place, and the others do its part while it is
+        late.
+        """
         for worker in self._crew.ids:
             self._apply(WorkerJoined(worker, self._crew.holdings(worker)))
         for worker in sorted(self._crew.unready):
             self._apply(WorkerLost(worker))
-            self._apply(WorkerStayedAway(worker))
+            if worker in self._crew.late:
+                self._apply(WorkerStayedAway(worker))
 
     # Workers to state machine.
 
@@ -630,24 +635,28 @@ class Run:
 
     def _go_on_from(self, past: Past) -> None:
         """Bring back the states of trials, and do what was decided and not done when the coordinator died."""
-        for away in self._hopper.lost - {worker.number for worker in self._crew.ids}:
-            self._apply(WorkerStayedAway(WorkerId(away)))
         self._catch_up(self._trouble).bring_back(past, self._durable, self._exporter.due)
-        for worker in sorted(self._crew.unready):
-            if worker.number not in self._hopper.lost:  # it died meanwhile, and joins again when its place is taken
-                self._apply(WorkerLost(worker))
         if self._interrupted:
             return
         self._is_where_it_was = True
         self._results |= past.early
+        before = [(page, self._hopper.status(page.trial.id)) for page in self._book]
+        # From here on results are committed and reported, also those that came early, to which the tuner answers then.
+        self._apply(RunResumed())
+        for away in self._hopper.lost - {worker.number for worker in self._crew.ids}:
+            self._apply(WorkerStayedAway(WorkerId(away)))
+        self._let_join()
         for trial, status in past.ended.items():
             if trial not in past.released:
                 self._orders.append(DropState(trial, status))
-        # Taken down before anything is decided, which may bring on the next report, of which the tuner hears by itself.
-        for page, status in [(page, self._hopper.status(page.trial.id)) for page in self._book]:
+        for page, status in before:
             trial = page.trial.id
-            stops = page.latest is not None and page.latest.should_stop and page.wish is None and not status.ended
-            if stops and self._hopper.progress(trial)[1] < page.trial.epochs * self.settings.shards:
+            stops = page.latest is not None and page.latest.should_stop and page.wish is None
+            if (
+                stops
+                and not self._hopper.status(trial).ended
+                and self._hopper.progress(trial)[1] < page.trial.epochs * self.settings.shards
+            ):
                 self._wish(trial, Decision.STOP)
             self._cool_if_paused(trial)
             if status is Status.DECIDING:
@@ -658,7 +667,6 @@ class Run:
     def replay(self, rows: Sequence[Row], trial: str) -> Replayed:
         """Instead of the loop: train a trial of another run's journal again, and compare."""
         self._past = past = retell(rows, self._hopper, self._book, self.settings.shards, ())
-        self._apply(RunResumed())
         self._commands.take_over()
         self._assemble()
         return self._catch_up(lambda _: None).train_again(self._page(trial), past)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from cerebro_tune.errors import NotTrainableError
 from cerebro_tune.sources import source_digest
-from cerebro_tune.wholefile import digest_of_file, once_there_is_room, sync_file, sync_folder
+from cerebro_tune.wholefile import digest_of_file, durable_folder, once_there_is_room, sync_file, sync_folder
 
 Config = Mapping[str, Any]
 
@@ -169,7 +169,7 @@ class Recipe(ABC):
 
         On a full disk `stand_still` is called until there is room; it may raise to give up.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        durable_folder(path.parent)
         once_there_is_room(lambda: self.export(state, path), stand_still)
         if path.exists():  # a host may have its own names for what it writes there
             sync_file(path)

@@ -39,6 +39,14 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def durable_folder(folder: Path) -> None:
+    """Make a folder, and those around it, so that they survive a power failure."""
+    if not folder.exists():
+        durable_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def sync_file(path: Path) -> None:
     """Wait until the disk has a file that was written before."""
     fd = os.open(path, os.O_RDONLY)

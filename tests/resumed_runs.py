@@ -41,8 +41,8 @@ class Mixed(nets.Deep):
         return self.units == self.stop_at
 
 
-def fit(folder: Path, **options: Any) -> Results:
-    """The run, or what is left of it; `folder` has the sets."""
+def fit(folder: Path, configs: Any = CONFIGS, **options: Any) -> Results:
+    """The run, or what is left of it; the folder around `folder` has the sets."""
     given: dict[str, Any] = {
         "epochs": 2,
         "workers": 2,
@@ -53,7 +53,7 @@ def fit(folder: Path, **options: Any) -> Results:
     with one_thread(), Cerebro(
         folder.parent / "train", folder.parent / "validation", batch_size=16, run_dir=folder, progress=False, **given
     ) as cerebro:  # fmt: skip
-        return cerebro.fit(Mixed, CONFIGS, metric="val_loss")
+        return cerebro.fit(Mixed, configs, metric="val_loss")
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def live(descriptor: int) -> None:
     connection = Connection(descriptor)
     boot: Boot = connection.recv()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's to answer
-    _take_device(boot)
     _end_with(connection, boot.coordinator)
+    _take_device(boot)
     worker = _Worker(connection, boot)
     os.register_at_fork(after_in_child=worker.disown)
     worker.obey()

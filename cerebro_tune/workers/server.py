@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import selectors
 import signal
 import socket
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ANSWER = struct.Struct("<qq")
 """(pid, wait status), the status -1 for a worker that was just forked."""
 
 FORK = b"f"
+
+_LOOK_S = 0.2
 
 PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from cerebro_tune.workers.{module} import main; main()"
@@ -37,11 +42,11 @@ def command(module: str, descriptor: int) -> list[str]:
 def main() -> None:
     """Serve until the control socket ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch._dynamo  # noqa: F401  # imported here once, for every worker: the first optimizer made needs it too
-
-    from cerebro_tune.workers import child  # noqa: F401
-
     control = socket.socket(fileno=int(sys.argv[1]))
+    with _ending_with(control):
+        import torch._dynamo  # noqa: F401  # imported here once, for every worker: the first optimizer made needs it too
+
+        from cerebro_tune.workers import child  # noqa: F401
     bell, bell_end = socket.socketpair()
     for end in (bell, bell_end):
         end.setblocking(False)
@@ -58,6 +63,26 @@ def main() -> None:
             if control in ready and not _fork_one(control):
                 signal.set_wakeup_fd(-1)  # workers end now too, and the bell is gone
                 return
+
+
+@contextmanager
+def _ending_with(control: socket.socket) -> Iterator[None]:
+    """Look now and then whether the coordinator has hung up: imports take seconds, on a busy machine many.
+
+    By a timer, not a thread, which a process that forks must not have.
+    """
+    watch = select.poll()
+    watch.register(control, getattr(select, "POLLRDHUP", select.POLLHUP))
+
+    def look(*_: object) -> None:
+        if watch.poll(0):
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_S, _LOOK_S)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _fork_one(control: socket.socket) -> bool:
