@@ -222,6 +222,18 @@ def tensors_in(buffer: Mapped, text: bytes, end: int, device: str | None) -> lis
     return tensors
 
 
+def check_rows(text: str, end: int) -> None:
+    """Raise ValueError for a table with a leaf that is not within its region, or a region that is not within `end`."""
+    table = json.loads(text)
+    for offset, nbytes, dtype, shape, *rest in [*table["tensors"], *table["arrays"]]:
+        strides, first = rest[:2] if len(rest) > 1 else (contiguous(shape), 0)
+        size = (dtype_of if len(rest) == 1 else dtype_of_name)(dtype).itemsize
+        reach = first + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) + 1
+        least = min([*shape, *strides, first, 0])
+        if least < 0 or (math.prod(shape) and not reach * size <= nbytes <= end - offset):
+            raise ValueError(f"a leaf of shape {shape} and strides {strides} is not within its {nbytes} bytes")
+
+
 def arrays_in(buffer: Mapped, text: bytes) -> list[np.ndarray[Any, Any]]:
     """The arrays of a table's rows, as views of the buffer."""
     import numpy as np

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import xxhash
 
 from cerebro_tune.buffers import Mapped
-from cerebro_tune.errors import DamagedStateError
-from cerebro_tune.regions import ARRAY, TENSOR, aligned, clear_tail, contiguous
+from cerebro_tune.errors import DamagedStateError, StateError
+from cerebro_tune.regions import ARRAY, TENSOR, aligned, check_rows, clear_tail, contiguous
 from cerebro_tune.state import digest, parts, plan, read, seal, write
 from cerebro_tune.treecodec import named_leaves
 from cerebro_tune.wholefile import whole_file
@@ -80,8 +80,9 @@ def load_into(path: Path | str, buffer_of: Callable[[int], Mapped]) -> tuple[Map
         try:
             table, text, checksum, entries = _read_header(file)
             end = _end(entries)
+            check_rows(table, end)
             used = end + len(table) + len(text)
-        except (KeyError, TypeError, ValueError, struct.error, RecursionError) as error:
+        except (LookupError, OverflowError, TypeError, ValueError, StateError, struct.error, RecursionError) as error:
             raise _damaged(path, f"its header cannot be read ({error!r})") from error
         buffer = buffer_of(used)
         memory = buffer.memory

@@ -6,8 +6,8 @@ dicts whose keys could be taken for such a tag are written as pairs. What is not
 key path: nothing is dropped, and nothing is pickled. Containers are values: an object that is found twice comes back
 as two equal objects (tensors keep their aliases, see `state.py`).
 
-Classes of enums and named tuples are found again by module and name. Reading never calls them: it imports a module at
-most, and takes a member that is already there.
+Classes of enums and named tuples are found again by module and name. Reading never calls them: it imports a module of
+a package that is in use already at most, and takes a member that is already there.
 """
 
 from __future__ import annotations
@@ -149,7 +149,12 @@ def decode(text: str, leaves: Mapping[str, Reader]) -> Any:
                 return reader(payload)
         return value
 
-    return json.loads(text, object_hook=read_object)
+    try:
+        return json.loads(text, object_hook=read_object)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, StateError):
+            raise
+        raise StateError(f"there is no state in this text: {error!r}") from error
 
 
 def named_leaves(text: str, tags: Iterable[str]) -> Iterable[tuple[str, str, Any]]:
@@ -185,7 +190,10 @@ def dtype_of(text: str) -> Any:
     """The NumPy dtype of its text."""
     import numpy.lib.format
 
-    return numpy.lib.format.descr_to_dtype(ast.literal_eval(text))
+    dtype = numpy.lib.format.descr_to_dtype(ast.literal_eval(text))
+    if dtype.hasobject:  # its elements would be addresses
+        raise StateError(f"a state has values of the NumPy dtype {text}, which none can have")
+    return dtype
 
 
 dumps = json.JSONEncoder(check_circular=False, allow_nan=False, separators=(",", ":")).encode
@@ -307,6 +315,8 @@ def _located(kind: type) -> tuple[str, str]:
 
 
 def _find(module: str, qualname: str) -> Any:
+    if module.partition(".")[0] not in sys.modules:  # a state that somebody has forged names what it likes
+        raise StateError(f"a state needs the class {qualname} of module {module}, which nothing here has imported")
     try:
         found: Any = sys.modules.get(module) or importlib.import_module(module)
         for name in qualname.split("."):
