@@ -6,6 +6,7 @@ import html
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,8 @@ class Silent(Progress):
         return
 
     def say(self, text: str, stream: str = "stdout") -> None:  # noqa: D102
-        print(text, file=sys.stderr if stream == "stderr" else sys.stdout, flush=True)
+        with suppress(OSError):  # the log may be on the disk that is full
+            print(text, file=sys.stderr if stream == "stderr" else sys.stdout, flush=True)
 
     def stop(self) -> None:  # noqa: D102
         return

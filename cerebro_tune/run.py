@@ -342,8 +342,8 @@ class Run:
 
     def _hear_all(self) -> None:
         while self._inbox:
+            self._raise_if(self._fatal)  # before what the unit makes of it, which another time has more memory
             self._hear(self._inbox.popleft())
-            self._raise_if(self._fatal)
             self._obey()
 
     def _hear(self, message: Message) -> None:

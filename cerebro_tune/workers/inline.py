@@ -6,7 +6,7 @@ import selectors
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cerebro_tune.seeding import kept_streams
 from cerebro_tune.units import WorkerId
@@ -52,7 +52,9 @@ class InlineWorkers(Workers):
             with _borrowed_process(self.threads):
                 self._said.append(run_task(self._runners[worker], task))
         if not self._said:
-            self._woken(timeout_s)
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._pipe.reader, selectors.EVENT_READ)
+                selector.select(timeout_s)
             self._pipe.silence()
         said = list(self._said)
         self._said.clear()
@@ -62,18 +64,10 @@ class InlineWorkers(Workers):
         if self._pipe is not None:
             self._pipe.ring()
 
-    def _woken(self, timeout_s: float | None) -> bool:
-        """Wait for a `wake`, and tell whether it came."""
-        assert self._pipe is not None, "wait before start"
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._pipe.reader, selectors.EVENT_READ)
-            return bool(selector.select(timeout_s))
-
     def _stand_still(self, error: OSError) -> None:
-        """Look after a second whether there is room; who wakes the loop, by Ctrl-C say, must not wait for it."""
-        print(f"A unit waits for room on the disk: {error}", file=sys.stderr)
-        if self._woken(1.0):
-            raise error
+        with suppress(OSError):  # the log may be on that disk
+            print(f"A unit stands still: {error}. It goes on when there is room", file=sys.stderr, flush=True)
+        self.clock.sleep(1.0)
 
     def restart(self, worker: WorkerId) -> None:  # noqa: D102
         self._tasks = deque((whose, task) for whose, task in self._tasks if whose != worker)
