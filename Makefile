@@ -32,7 +32,8 @@ bench: $(READY)
 SECONDS ?= 600
 soak: $(READY)
 	SOAK_SECONDS=$(SECONDS) $(BIN)/python -m pytest --hypothesis-profile=soak --timeout=0 \
-		tests/test_hopper_machine.py tests/test_journal.py tests/test_resume.py tests/test_supervision.py
+		tests/test_hopper_machine.py tests/test_simulation.py tests/test_journal.py tests/test_power_loss.py \
+		tests/test_resume.py tests/test_supervision.py tests/test_faults.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis runs

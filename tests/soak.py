@@ -7,7 +7,7 @@ from time import monotonic
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "0"))
 """For `make soak`: how long all of them go on together, beyond what `make test` asks of them."""
-_LOOPS = 5
+_LOOPS = 9
 told: list[str] = []
 
 

@@ -184,6 +184,7 @@ def check(sets: Path, image: Image, undisturbed: Results, results: Results) -> N
     assert left - {f"{NAME}.cut"} == expected, told
 
 
+@pytest.mark.timeout(1200)
 def test_power_fails_at_every_operation_on_files(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chance, longer, recovered = random.Random(8), soak.Loop(), 0
     undisturbed, images = watched(sets / "undisturbed", chance)

@@ -106,6 +106,7 @@ def test_further_deaths_in_the_middle_of_the_recovery(sets: Path, undisturbed: A
     soak.tell(f"{deaths} deaths within recoveries, none of which changed a bit")
 
 
+@pytest.mark.timeout(1200)
 def test_kills_at_random_moments_with_worker_processes(sets: Path, undisturbed: Any) -> None:
     chance, kills, runs, longer = random.Random(3), 0, 0, soak.Loop()
     rows = len(journal_of(sets / "undisturbed"))

@@ -18,7 +18,7 @@ from cerebro_tune.reading import RunReading
 from conftest import points
 from simulation import EPOCHS, SHARDS, World, linked
 
-SEEDS = 300
+SEEDS = 2000
 SEEDS_TWICE = 100
 """Of which the journals are compared, row for row."""
 
@@ -68,6 +68,7 @@ def check(world: World, results: Results) -> None:
     assert files - trials - states <= {Path("journal.sqlite"), Path("lock")}
 
 
+@pytest.mark.timeout(1200)
 def test_whatever_happens_a_run_ends_as_it_should(
     tmp_path: Path, small: ShardedDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:

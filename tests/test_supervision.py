@@ -20,7 +20,7 @@ from cerebro_tune.errors import ConfigurationError
 from cerebro_tune.workers.local import LocalWorkers
 from runs import outcome
 
-KILLS = 100
+KILLS, STOPS = 100, 2
 """Of workers, in all."""
 
 
@@ -38,18 +38,19 @@ class Stuck(nets.Deep):
         return super().run_unit(work)
 
 
-@pytest.mark.parametrize("how", ["asleep", "stopped"])
+@pytest.mark.parametrize(("how", "deadline_s"), [("asleep", 3.0), ("stopped", 3.0), ("stopped", None)])
 def test_a_worker_that_hangs_is_replaced(
-    options: dict[str, Any], tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any], tmp_path: Path, how: str, deadline_s: float | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = []
     for stuck in (how, None):
         config = {"lr": 0.1, "marks": str(tmp_path), "how": stuck}
-        with Cerebro(**options | {"backend": "local", "policy": "fixed", "unit_deadline_s": 3.0}) as cerebro:
+        with Cerebro(**options | {"backend": "local", "policy": "fixed", "unit_deadline_s": deadline_s}) as cerebro:
             found.append(cerebro.fit(Stuck, [config, {"lr": 0.01, "marks": str(tmp_path)}], metric="val_loss"))
     assert (tmp_path / "stuck").exists()
     assert outcome(found[0]) == outcome(found[1])
     assert [result.status for result in found[0]] == ["finished"] * 2
+    soak.tell(f"a worker {how}, with a deadline of {deadline_s} s: it was replaced, and not a bit was another")
 
 
 def test_one_that_hangs_again_and_again_fails_its_trial_only(options: dict[str, Any], tmp_path: Path) -> None:
@@ -74,6 +75,7 @@ class Brief(nets.Deep):
         return super().run_unit(work)
 
 
+@pytest.mark.timeout(1200)
 def test_workers_killed_at_random_moments_change_nothing(options: dict[str, Any]) -> None:
     configs = [{"lr": 0.1}, {"lr": 0.03}, {"lr": 0.01}]
     options |= {"backend": "local", "policy": "fixed", "max_failures": 1000, "epochs": 3}
@@ -83,7 +85,8 @@ def test_workers_killed_at_random_moments_change_nothing(options: dict[str, Any]
     while kills < KILLS or longer:
         with Cerebro(**options) as cerebro:
             over, killed = threading.Event(), []
-            killer = threading.Thread(target=_kill_now_and_then, args=(cerebro, chance, over, killed))
+            arguments = cerebro, chance, over, killed, signal.SIGKILL, 0.1
+            killer = threading.Thread(target=_signal_now_and_then, args=arguments)
             killer.start()
             try:
                 found = cerebro.fit(Brief, configs, metric="val_loss")
@@ -95,16 +98,39 @@ def test_workers_killed_at_random_moments_change_nothing(options: dict[str, Any]
     soak.tell(f"{kills} workers killed in {runs} runs, none of which ended otherwise, bit for bit")
 
 
-def _kill_now_and_then(cerebro: Cerebro, chance: random.Random, over: threading.Event, killed: list[int]) -> None:
-    """Kill workers that run a unit."""
-    while not over.wait(chance.uniform(0.01, 0.1)):
+def test_workers_stopped_at_random_moments_change_nothing(options: dict[str, Any]) -> None:
+    options |= {"backend": "local", "policy": "fixed", "max_failures": 1000}
+    with Cerebro(**options) as cerebro:
+        undisturbed = outcome(cerebro.fit(Brief, [{"lr": 0.1}, {"lr": 0.03}], metric="val_loss"))
+    chance, stops, longer = random.Random(5), 0, soak.Loop()
+    while stops < STOPS or longer:
+        with Cerebro(**options) as cerebro:
+            over, stopped = threading.Event(), []
+            arguments = cerebro, chance, over, stopped, signal.SIGSTOP, 3.0
+            stopper = threading.Thread(target=_signal_now_and_then, args=arguments)
+            stopper.start()
+            try:
+                found = cerebro.fit(Brief, [{"lr": 0.1}, {"lr": 0.03}], metric="val_loss")
+            finally:
+                over.set()
+                stopper.join()
+            assert outcome(found) == undisturbed
+        stops += len(stopped)
+    soak.tell(f"{stops} workers stopped by a signal: all were replaced, and not a bit was another")
+
+
+def _signal_now_and_then(
+    cerebro: Cerebro, chance: random.Random, over: threading.Event, hit: list[int], number: int, pause_s: float
+) -> None:
+    """Send this signal to workers that run a unit."""
+    while not over.wait(chance.uniform(pause_s / 10, pause_s)):
         workers, run = cerebro._workers, cerebro.current
         busy = [] if run is None else list(run._crew.running)
         pids = workers.pids if isinstance(workers, LocalWorkers) else {}
         if busy and (pid := pids.get(chance.choice(busy))) is not None:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+                os.kill(pid, number)
+                hit.append(pid)
 
 
 def test_a_deadline_is_a_number_of_seconds(options: dict[str, Any]) -> None:
