@@ -87,14 +87,14 @@ def story(run: Path, trial: str, as_json: bool) -> None:
 @RUN
 @JSON
 def verify(run: Path, as_json: bool) -> None:
-    """Check a run's journal, every decision in it, and the states on disk."""
+    """Check a run's journal, every decision in it, and the states and checkpoints on disk."""
     reading = RunReading(run)
     wrong = reading.verify()
     if as_json:
         _print({"rows": reading.rows, "decisions": reading.decisions, "wrong": wrong})
     else:
         click.echo(f"{reading.rows} rows and {reading.decisions} decisions are as they were written.")
-        click.echo("\n".join(wrong) if wrong else "All states on disk are as they were written.")
+        click.echo("\n".join(wrong) if wrong else "All states and checkpoints on disk are as they were written.")
     if wrong:
         sys.exit(1)
 

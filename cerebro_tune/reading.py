@@ -14,9 +14,10 @@ from cerebro_tune.events import TrialAdded, TrialCloned, UnitFailed, UnitFinishe
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.journal import Row, read_journal
 from cerebro_tune.manifest import manifest_of
-from cerebro_tune.recovery import DISPATCHED, SAVED, order_again, sound, understood
+from cerebro_tune.recovery import DISPATCHED, RELEASED, SAVED, order_again, sound, understood
 from cerebro_tune.statefile import load_into
 from cerebro_tune.units import Shard
+from cerebro_tune.wholefile import digest_of_file
 
 
 @dataclass
@@ -42,6 +43,8 @@ class TrialReading:
     """(epoch, shard, number of the worker), in order."""
     digests: list[str] = field(default_factory=list)
     """Of the state after each."""
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    """Digests of its checkpoint files, `best` and `last`, once it has ended."""
 
 
 class RunReading:
@@ -80,6 +83,8 @@ class RunReading:
             self.decisions += order_again(row, self._hopper)
         elif row.kind == SAVED:
             self.trials[body["trial"]].state = body["file"]
+        elif row.kind == RELEASED:
+            self.trials[body["trial"]].checkpoints = body.get("digests", {})
         elif is_event(row.kind):
             event = to_event(row.kind, body["event"])
             self._hopper.apply(event)
@@ -124,9 +129,13 @@ class RunReading:
         return checkpoint
 
     def verify(self) -> list[str]:
-        """Check all states on disk against their digests; returns what is wrong."""
+        """Check all states and checkpoints on disk against their digests; returns what is wrong."""
         wrong = []
         for trial in self.trials.values():
+            for name, digest in trial.checkpoints.items():
+                files = [path for path in (self.folder / trial.id).glob(f"{name}.*") if path.is_file()]
+                if [digest_of_file(path) for path in files] != [digest]:
+                    wrong.append(f"{trial.id}: its {name} checkpoint is not the one that was written")
             ended = trial.status in ("finished", "stopped", "failed")
             if trial.state is None or ended:
                 continue

@@ -96,7 +96,8 @@ def sound(row: Row, trials: Collection[str]) -> Row:
     elif kind == SAVED:
         good = body["trial"] in trials and body["file"] == f"{body['trial']}-{int(body['units'])}.safetensors"
     elif kind == RELEASED:
-        good = body["trial"] in trials and body["last"] in (None, "best", "last")
+        digests = body.get("digests", {})
+        good = body["trial"] in trials and body["last"] in (None, "best", "last") and digests.keys() <= {"best", "last"}
     else:
         good = is_event(kind) or kind in (MANIFEST, DISPATCHED, WISHED, MOVED)
     if not good:
