@@ -67,9 +67,9 @@ def test_verify_finds_damage(folder: Path, tmp_path: Path) -> None:
     told = run("verify", folder)
     assert (told.exit_code, told.output.count("as they were written")) == (0, 2)
     copied = shutil.copytree(folder, tmp_path / "copied")
-    (copied / "trial-0000" / "last.safetensors").write_bytes(b"another")
+    (copied / "trial-0000" / "best.safetensors").write_bytes(b"another")
     told = run("verify", copied)
-    assert (told.exit_code, "trial-0000: its last checkpoint is not the one" in told.output) == (1, True)
+    assert (told.exit_code, "trial-0000: its best checkpoint is not the one" in told.output) == (1, True)
     for name in ("train", "validation"):
         (tmp_path / name).symlink_to((folder.parent.parent / name).resolve())
     assert in_child(lambda: (die_at(60, False), fit(tmp_path / "runs"))) == -9
