@@ -10,7 +10,7 @@ from cerebro_tune.clock import Clock
 from cerebro_tune.eventcodec import to_plain
 from cerebro_tune.events import Event
 from cerebro_tune.journal import Journal, Row
-from cerebro_tune.wholefile import once_there_is_room
+from cerebro_tune.wholefile import once_there_is_room, told
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class FullDisk:
         """Wait a little; raise the error again when the run was interrupted."""
         if self._interrupted():
             raise error
-        self.tell(f"the run stands still: {error}")
+        self.tell(f"the run stands still: {told(error)}")
         self._clock.sleep(_LOOK_AGAIN_S)
 
     def tell(self, what: str) -> None:

@@ -74,6 +74,11 @@ def digest_of_file(path: Path) -> str:
     return hashed.hexdigest()
 
 
+def told(error: OSError) -> str:
+    """What went wrong, and with which file, without a number that says nothing."""
+    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror or error)
+
+
 def once_there_is_room(act: Callable[[], T], stand_still: Callable[[OSError], object]) -> T:
     """Do this, again and again while the disk is full; `stand_still` waits a little, or raises to give up."""
     while True:

@@ -192,11 +192,14 @@ def full_at(row: int, folder: Path) -> None:
     assert room.waited == 1, f"the disk was full {room.waited} times"
 
 
-def test_a_full_disk_at_every_row_of_the_journal_loses_nothing(sets: Path, undisturbed: Any) -> None:
+def test_a_full_disk_at_every_row_of_the_journal_loses_nothing(
+    sets: Path, undisturbed: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     rows = len(read_journal(sets / "undisturbed" / "run-0000"))
     for row in range(2, rows + 1):  # on a full disk no run begins
         assert in_child(lambda row=row: full_at(row, sets / f"row-{row}")) == 0
         assert ended(fit(sets / f"row-{row}")) == undisturbed
+        assert "the run stands still: the run's journal could not be written: " in capfd.readouterr().err
         shutil.rmtree(sets / f"row-{row}")
     soak.tell(f"{rows - 1} full disks, one at each row of a run's journal: each stood still and lost nothing")
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-import resource
 import shutil
 import sqlite3
-import threading
-import time
 from collections.abc import Iterator
 from itertools import count, takewhile
 from pathlib import Path
@@ -166,30 +163,6 @@ def test_a_network_file_system_is_refused_with_the_way_out(tmp_path: Path, monke
     with pytest.raises(ConfigurationError, match=r"network file system \(nfs4\).*cerebro-tune export"):
         Journal(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_stands_while_the_disk_is_full_and_loses_nothing(
-    tmp_path: Path, train: Any, validation: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for data in (train, validation):
-        shutil.copytree(data.path, tmp_path / ("train" if data is train else "validation"))
-
-    def full() -> None:
-        def room() -> None:
-            written = tmp_path / "full" / "run-0000" / f"{NAME}-wal"
-            while not written.exists() or written.stat().st_size < 290_000:
-                time.sleep(0.01)
-            time.sleep(1.5)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-        threading.Thread(target=room).start()
-        resumed_runs.fit(tmp_path / "full")
-
-    assert resumed_runs.in_child(full) == 0
-    assert "the run stands still: the run's journal could not be written" in capfd.readouterr().err
-    found, expected = (resumed_runs.fit(tmp_path / name) for name in ("full", "whole"))
-    assert [result.visits for result in found] == [result.visits for result in expected]
 
 
 def test_a_run_of_this_format_opens_for_ever() -> None:

@@ -16,6 +16,7 @@ from time import sleep
 from cerebro_tune.errors import StateMemoryError
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import WorkerId
+from cerebro_tune.wholefile import told
 from cerebro_tune.workers.messages import (
     Exit,
     Forget,
@@ -134,7 +135,7 @@ class _Worker:
         return grant.buffer
 
     def _stand_still(self, error: OSError) -> None:
-        self._say(Waiting(self._worker, str(error)))
+        self._say(Waiting(self._worker, told(error)))
         sleep(1.0)
 
     def _relay(self, stream: str, text: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 from cerebro_tune.seeding import kept_streams
 from cerebro_tune.units import WorkerId
+from cerebro_tune.wholefile import told
 from cerebro_tune.workers.base import Grow, WakePipe, Workers
 from cerebro_tune.workers.messages import Exit, Forget, Joined, Message, Order, Ready, Rest, Setup, Task
 from cerebro_tune.workers.runner import UnitRunner, run_task, set_up
@@ -66,7 +67,7 @@ class InlineWorkers(Workers):
 
     def _stand_still(self, error: OSError) -> None:
         with suppress(OSError):  # the log may be on that disk
-            print(f"A unit stands still: {error}. It goes on when there is room", file=sys.stderr, flush=True)
+            print(f"A unit stands still: {told(error)}. It goes on when there is room", file=sys.stderr, flush=True)
         self.clock.sleep(1.0)
 
     def restart(self, worker: WorkerId) -> None:  # noqa: D102

@@ -33,6 +33,7 @@ from cerebro_tune.buffers import BufferCache, Mapped
 from cerebro_tune.errors import ConfigurationError, StateMemoryError
 from cerebro_tune.trainable import Recipe
 from cerebro_tune.units import WorkerId
+from cerebro_tune.wholefile import told
 from cerebro_tune.workers.base import Grow, WakePipe, Workers
 from cerebro_tune.workers.messages import (
     Exit,
@@ -293,7 +294,7 @@ class RayWorkers(Workers):
     def _stand_still(self, seat: _Seat, error: OSError) -> None:
         if seat.empty:
             raise error
-        self._tell(seat, Waiting(seat.worker, str(error)))
+        self._tell(seat, Waiting(seat.worker, told(error)))
         sleep(1.0)
 
     # In: inside `wait`
