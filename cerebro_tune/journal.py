@@ -49,23 +49,48 @@ class Row:
     body: dict[str, Any]
 
 
-class Journal:
-    """A journal that is open for writing, in a run's folder; it is made there if there is none.
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Whose journal it is, in the words of its errors, and what these advise."""
 
-    RunBusyError while another process has it open, ConfigurationError where it would lie on a network file system,
-    DamagedJournalError for one whose bytes are not those that were written.
+    name: str
+    elsewhere: str
+    """While another process has it in its hands."""
+    anew: str
+    """When it is damaged."""
+    local: str
+    """Where it would lie on a network file system."""
+
+
+RUN = Keeper(
+    "run",
+    elsewhere="give another run_dir",
+    anew="begin a new run (resume='never')",
+    local="give a run_dir on a disk of this machine, and copy what you keep with `cerebro-tune export`",
+)
+
+
+class Journal:
+    """A journal that is open for writing, in a folder of its own; it is made there if there is none.
+
+    With `anew` what was there before is removed, unless another process has it open. RunBusyError while one has,
+    ConfigurationError where it would lie on a network file system, DamagedJournalError for one whose bytes are not
+    those that were written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        _check_local(folder)
+    def __init__(self, folder: Path, keeper: Keeper = RUN, anew: bool = False) -> None:
+        _check_local(folder, keeper)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(folder / LOCK)
+        self._keeper = keeper
+        self._lock = _take_lock(folder / LOCK, keeper)
         self._syncing: Future[None] | None = None
         self._synced_at = monotonic()
         self._dirty = False
         path = folder / NAME
         try:
-            self.rows = _whole_rows(path) if path.exists() else []
+            for old in folder.glob(f"{NAME}*") if anew else ():
+                old.unlink()
+            self.rows = _whole_rows(path, keeper) if path.exists() else []
             """What was in it when it was opened."""
             if path.exists() and _is_cut(path):
                 _write_anew(path, self.rows)
@@ -91,7 +116,7 @@ class Journal:
         try:
             self._database.execute("insert into rows values (?, ?, ?, ?)", (self._number + 1, kind, text, hashed))
         except sqlite3.OperationalError as error:
-            raise OSError(f"the run's journal could not be written: {error}") from error
+            raise OSError(f"the {self._keeper.name}'s journal could not be written: {error}") from error
         self._number, self._hash, self._dirty = self._number + 1, hashed, True
         if monotonic() - self._synced_at > _SYNC_EVERY_S and (self._syncing is None or self._syncing.done()):
             self._syncing = self._thread.submit(self._sync)
@@ -122,7 +147,13 @@ def read_journal(folder: Path) -> list[Row]:
     path = folder / NAME
     if not path.exists():
         raise ConfigurationError(f"{folder} has no {NAME}: it is not the folder of a run, or of one that kept none.")
-    return _whole_rows(path)
+    return _whole_rows(path, RUN)
+
+
+def check_free(folder: Path, keeper: Keeper = RUN) -> None:
+    """RunBusyError while another process has the journal in this folder open."""
+    if (folder / LOCK).exists():
+        os.close(_take_lock(folder / LOCK, keeper))
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -132,26 +163,26 @@ def _connect(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _whole_rows(path: Path) -> list[Row]:
-    _check_wal(path.with_name(f"{path.name}-wal"))
+def _whole_rows(path: Path, keeper: Keeper) -> list[Row]:
+    _check_wal(path.with_name(f"{path.name}-wal"), keeper)
     cut = _is_cut(path)
     rows: list[Row] = []
     hashed = ""
     try:
-        for number, kind, text, found in _raw_rows(path):
+        for number, kind, text, found in _raw_rows(path, keeper):
             hashed = _hashed(hashed, kind, text)
             if number != len(rows) + 1 or found != hashed:
                 if cut:
                     break
-                raise _damaged(path, f"row {number} is not the one that was written")
+                raise _damaged(path, f"row {number} is not the one that was written", keeper)
             rows.append(Row(number, kind, json.loads(text)))
     except (sqlite3.DatabaseError, ValueError, TypeError, OverflowError) as error:
         if not cut:
-            raise _damaged(path, str(error)) from error
+            raise _damaged(path, str(error), keeper) from error
     return rows
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
+def _raw_rows(path: Path, keeper: Keeper) -> Iterator[tuple[int, str, str, str]]:
     beside = path.with_name(f"{path.name}-wal")
     # What has no file beside it is read as it lies: SQLite would leave new ones there.
     how = "mode=ro" if beside.exists() and beside.stat().st_size else "mode=ro&immutable=1"
@@ -159,7 +190,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
         if not _is_cut(path):
             (told,) = database.execute("pragma integrity_check").fetchone()
             if told != "ok":
-                raise _damaged(path, told)
+                raise _damaged(path, told, keeper)
         if database.execute("select count(*) from sqlite_master").fetchone() == (0,):
             return  # cut before its table was in it
         yield from database.execute("select number, kind, body, hash from rows order by number")
@@ -176,7 +207,7 @@ def _is_cut(path: Path) -> bool:
     return size < (65536 if page == 1 else page) * int.from_bytes(header[28:32], "big")
 
 
-def _check_wal(path: Path) -> None:
+def _check_wal(path: Path, keeper: Keeper) -> None:
     """Refuse a write-ahead file with a changed byte, which SQLite takes for the end of what was written.
 
     Its frames are checked by running sums; one that fails and has another of the same writing behind it was whole once.
@@ -187,7 +218,7 @@ def _check_wal(path: Path) -> None:
     magic, _, page, _, *salts, first, second = _WAL_HEADER.unpack_from(content)
     order = ">" if magic & 1 else "<"
     if magic & ~1 != _WAL_MAGIC or _sums(order, content[:24], (0, 0)) != (first, second):
-        raise _damaged(path, "its header is not the one that was written")
+        raise _damaged(path, "its header is not the one that was written", keeper)
     sums, size = (first, second), _FRAME_HEADER.size + page
     starts = range(_WAL_HEADER.size, len(content) - size + 1, size)
     wrong = None
@@ -196,7 +227,7 @@ def _check_wal(path: Path) -> None:
         _, _, *found, one, two = _FRAME_HEADER.unpack(header)
         if wrong is not None:
             if found == salts:
-                raise _damaged(path, f"the frame at byte {wrong} is not the one that was written")
+                raise _damaged(path, f"the frame at byte {wrong} is not the one that was written", keeper)
             continue
         sums = _sums(order, header[:8] + content[start + _FRAME_HEADER.size : start + size], sums)
         if found != salts or sums != (one, two):
@@ -244,14 +275,14 @@ def _hashed(before: str, kind: str, text: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{before}\n{kind}\n{text}".encode())
 
 
-def _damaged(path: Path, why: str) -> DamagedJournalError:
+def _damaged(path: Path, why: str, keeper: Keeper) -> DamagedJournalError:
     return DamagedJournalError(
-        f"The journal {path} is damaged: {why}. Nothing is taken up from it: restore the run's folder from a copy, or "
-        "begin a new run (resume='never')."
+        f"The journal {path} is damaged: {why}. Nothing is taken up from it: restore the {keeper.name}'s folder from a "
+        f"copy, or {keeper.anew}."
     )
 
 
-def _take_lock(path: Path) -> int:
+def _take_lock(path: Path, keeper: Keeper) -> int:
     """Hold a lock for as long as this process lives, or until the descriptor is closed."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -260,7 +291,7 @@ def _take_lock(path: Path) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
         os.close(descriptor)
         raise RunBusyError(
-            f"The run in {path.parent} is in the hands of {holder}: wait for its end, or give another run_dir."
+            f"The {keeper.name} in {path.parent} is in the hands of {holder}: wait for its end, or {keeper.elsewhere}."
         ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -282,9 +313,9 @@ def remote_kind(folder: Path) -> str:
     return kind if kind.startswith(_REMOTE) else ""
 
 
-def _check_local(folder: Path) -> None:
+def _check_local(folder: Path, keeper: Keeper) -> None:
     if kind := remote_kind(folder):
         raise ConfigurationError(
-            f"run_dir {folder} lies on a network file system ({kind}), whose locks and mapped files cannot be trusted: "
-            "give a run_dir on a disk of this machine, and copy what you keep with `cerebro-tune export`."
+            f"The {keeper.name}'s folder {folder} lies on a network file system ({kind}), whose locks and mapped files "
+            f"cannot be trusted: {keeper.local}."
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import sleep
-from typing import Any
+from typing import Any, TypeVar
 
 from cerebro_tune.eventcodec import to_plain
 from cerebro_tune.events import Event
 from cerebro_tune.journal import Journal, Row
+
+T = TypeVar("T")
 
 _DISK_FULL_S = 1.0
 """Between two looks whether the disk has room again, of which no file system tells."""
@@ -38,12 +41,16 @@ class Ledger:
             self.note(type(event).__name__, event=to_plain(event), **facts)
 
     def note(self, kind: str, **body: Any) -> None:
-        """Write a row; on a full disk stand still until there is room, or an interrupt."""
+        """Write a row, patiently."""
+        if self._journal is not None:
+            self.patiently(partial(self._journal.append, kind, **body))
+
+    def patiently(self, write: Callable[[], T]) -> T:
+        """Write something; on a full disk stand still until there is room, or an interrupt."""
         told = False
-        while self._journal is not None:
+        while True:
             try:
-                self._journal.append(kind, **body)
-                return
+                return write()
             except OSError as error:
                 if self._interrupted():
                     raise

@@ -149,9 +149,12 @@ class Run:
         """Add a trial that goes on, paused, from a state that `save` has written: with what `progress` was then."""
         return self._commands.ask(lambda: self._restore(config, path, units, frozenset(visited), index))
 
-    def save(self, trial_id: str, path: Path) -> None:
-        """Write the state that the trial's last unit committed, so that it outlives this process."""
-        self._commands.ask(lambda: self._store.save(self._page(trial_id).trial.id, path, durable=False))
+    def save(self, trial_id: str, path: Path) -> str:
+        """Write the state that the trial's last unit committed, so that it outlives this process; returns its digest.
+
+        Not before `statefile.sync` has had the file does it survive a loss of power.
+        """
+        return self._commands.ask(lambda: self._store.save(self._page(trial_id).trial.id, path, durable=False))
 
     def progress(self, trial_id: str) -> tuple[int, list[int]]:
         """Units committed, and the shards visited in the epoch that the trial is in."""

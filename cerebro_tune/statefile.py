@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,6 +79,15 @@ def save(state: Any, path: Path | str, durable: bool = True) -> str:
     if durable:
         _sync_folder(path.parent)
     return checksum
+
+
+def sync(paths: Collection[Path]) -> None:
+    """Wait until the disk has files that were saved without `durable`."""
+    for path in paths:
+        with path.open("rb+") as file:  # Windows syncs only what may be written to
+            os.fsync(file.fileno())
+    for folder in {path.parent for path in paths}:
+        _sync_folder(folder)
 
 
 def load(path: Path | str, device: str | None = None) -> Any:

@@ -36,7 +36,8 @@ def kill(name: str, folder: Path, live: int, moment: int, how: str) -> None:
     # Imported, not run as a script, so that its classes are those of this process too when the search is restored.
     script = "import ray_searches; ray_searches.main()"
     command = [sys.executable, "-c", script, name, str(folder), str(live)]
-    session = {"RAY_SESSION": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(Path(__file__).parent)}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    session = {"RAY_SESSION": ray.get_runtime_context().gcs_address, "PYTHONPATH": paths}
     death = {"KILL_AT": str(moment)} | ({"KILL_AFTER": "1"} if how == "after" else {})
     environment = {**os.environ, **session, **death}
     died = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from cerebro_tune.policy import abreast
 from cerebro_tune.results import TrialResult
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
-from cerebro_tune_ray.record import Record, Standing
+from cerebro_tune_ray.record import Record
 from cerebro_tune_ray.rider import TIMES, Controller, Result, Rider, filled
+from cerebro_tune_ray.rows import Standing
 from cerebro_tune_ray.snapshot import LetGo, Snapshot
 
 if TYPE_CHECKING:
@@ -278,10 +280,10 @@ class Riders:
             return
         path, trial = self.record.new_file(rider.trial.trial_id), rider.trial.trial_id
         units, visited = self.run.progress(rider.hop)
-        self.run.save(rider.hop, path)
+        digest = self.record.patiently(partial(self.run.save, rider.hop, path))
         assert rider.index is not None, "it runs"
         place = units, visited, rider.iteration, rider.time_s, rider.index
-        self.record.stand(Standing(trial, path.name, *place, plain_config(config), rider.fit))
+        self.record.stand(Standing(trial, path.name, digest, *place, plain_config(config), rider.fit))
         if rider.file is not None:
             self._spend(rider.file)
         rider.file = path.name

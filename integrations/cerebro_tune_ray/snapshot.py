@@ -10,7 +10,7 @@ from pyarrow.fs import LocalFileSystem
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
 
-from cerebro_tune_ray.record import Standing
+from cerebro_tune_ray.rows import Standing
 
 LetGo = deque[tuple[str | None, str | None]]
 """Trials of the run, and files of states, that snapshots have held."""
