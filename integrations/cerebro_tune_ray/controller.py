@@ -214,7 +214,6 @@ class HopController(TuneController):
         self._set_trial_status(trial, Trial.RUNNING)
         self._live_trials.add(trial)
         self._mark_trial_to_checkpoint(trial)
-        self._told.started(trial)
         checkpoints = trial.run_metadata.checkpoint_manager
         latest, snapshot = checkpoints.latest_checkpoint_result, None
         if latest is not None and isinstance(latest.checkpoint, Snapshot):
@@ -223,7 +222,11 @@ class HopController(TuneController):
         try:
             self._riders.start(trial, snapshot)
         except ConfigurationError as error:  # of this trial's config
+            self._told.started(trial)
             self._trial_task_failure(trial, error)
+            return
+        self._told.started(trial)  # after it was, so that one row has this and where it starts from
+        self._riders.hear(trial)
 
     def _schedule_trial_train(self, trial: Trial) -> None:
         self._riders.go_on(trial)
