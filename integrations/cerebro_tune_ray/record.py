@@ -161,6 +161,7 @@ class Record:
 
     def mend(self) -> None:
         """Go back to where all was secured last if a state is lost; DamagedStateError if one is that was there then."""
+        self._insecure = True  # what a driver that died has noted may not be on disk yet
         wrong = self._damage()
         if not wrong:
             return
