@@ -14,6 +14,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,11 +84,18 @@ def save(state: Any, path: Path | str, durable: bool = True) -> str:
 
 def sync(paths: Collection[Path]) -> None:
     """Wait until the disk has files that were saved without `durable`."""
-    for path in paths:
-        with path.open("rb+") as file:  # Windows syncs only what may be written to
-            os.fsync(file.fileno())
+    with ThreadPoolExecutor(_SYNCED_AT_ONCE) as pool:  # a file system takes those that come together in one go
+        list(pool.map(_sync_file, paths))
     for folder in {path.parent for path in paths}:
         _sync_folder(folder)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:  # Windows syncs only what may be written to
+        os.fsync(file.fileno())
+
+
+_SYNCED_AT_ONCE = 8
 
 
 def load(path: Path | str, device: str | None = None) -> Any:

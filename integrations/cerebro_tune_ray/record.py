@@ -148,7 +148,8 @@ class Record:
 
     def secure(self) -> None:
         """Return when the disk has all that was noted, and the states: what comes after may go back to here."""
-        self.settle()
+        if self._due or self._gone:
+            self._write(STOOD)
         if not self._insecure:
             return
         before = self._past.secured.keys()
@@ -161,9 +162,9 @@ class Record:
 
     def mend(self) -> None:
         """Go back to where all was secured last if a state is lost; DamagedStateError if one is that was there then."""
-        self._insecure = True  # what a driver that died has noted may not be on disk yet
         wrong = self._damage()
         if not wrong:
+            self._insecure = True  # what the driver that died has noted may not be on disk yet
             return
         self._past.go_back()
         if still := self._damage():
@@ -172,6 +173,7 @@ class Record:
                 f"{_ANEW}."
             )
         self._ledger.note(BACK)
+        self._insecure = True
         self._clear_strays()
         warn_user(
             f"The experiment in {self.folder.parent} goes back to where it was when Ray wrote its state last, and what "
@@ -201,8 +203,6 @@ class Record:
             if standing.trial not in kept:
                 self.forget(file)
         with suppress(OSError):  # of a full disk: it is as if this process had died before
-            if self._due or self._gone:
-                self._write(STOOD)
             self.secure()
         self._ledger.close()
 
