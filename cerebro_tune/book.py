@@ -194,19 +194,20 @@ class TrialBook:
     def clear_staged(self, early: Collection[str]) -> None:
         """Remove what was written by units that were not committed, but for trials whose next one ended `early`."""
         for page in self:
-            folder = self.path(page, "best").parent
-            for path in () if page.trial.id in early else {*folder.glob("best.[0-9]*"), *folder.glob("*.partial")}:
+            best = self.path(page, "best")
+            staged = {path for path in best.parent.glob("best.[0-9]*") if _number_of(path) > page.units}
+            for path in {*best.parent.glob("*.partial"), *(() if page.trial.id in early else staged)}:
                 path.unlink()
 
-    def export(self, unit: Unit, epoch_done: bool, last: bool) -> Export | None:
-        """What the worker is to write after this unit, if anything."""
+    def export(self, unit: Unit, epoch_done: bool, last: bool, durable: bool) -> Export | None:
+        """What the worker is to write after this unit, if anything; `durable` says that it outlives a loss of power."""
         page = self._pages[unit.trial]
         best = self._staged(page, page.units + 1) if self.keep == "best" and self.competes(epoch_done) else None
         final = self.path(page, "last") if self.keep != "none" and last else None
         if best is None and final is None:
             return None
         so_far = page.best[self.metric] if page.best is not None and self.metric is not None else None
-        return Export(best, self.metric, self.mode, so_far, final)
+        return Export(best, self.metric, self.mode, so_far, final, durable)
 
     def check_metric(self, page: TrialPage, due: ReportUnit) -> str | None:
         """Raise UnknownMetricError if a report at an epoch's end lacks the metric; before that, warn of it once.
@@ -276,3 +277,9 @@ class TrialBook:
 def _put_in_place(staged: Path, path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # noted once more after a coordinator's death: it is in place
         os.replace(staged, path)
+
+
+def _number_of(staged: Path) -> int:
+    """The units of the trial that the name of a staged checkpoint has; 0 where it has none."""
+    number = staged.name.split(".")[1]
+    return int(number) if number.isdecimal() else 0

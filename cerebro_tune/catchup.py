@@ -14,7 +14,7 @@ from cerebro_tune.hopper import Hopper
 from cerebro_tune.recovery import Arrears, Past, Replayed
 from cerebro_tune.store import StateStore
 from cerebro_tune.units import Unit, WorkerId
-from cerebro_tune.workers.messages import Finished, Lost, Message, Raised, Ready, Task
+from cerebro_tune.workers.messages import Finished, Late, Lost, Message, Raised, Ready, Task
 
 MakeTask = Callable[[int, Unit, int], Task]
 """The task of a unit, which is number `done` of its trial, as a job of this number."""
@@ -100,14 +100,21 @@ class CatchUp:
         waiting = [each for each in arrears if each.units]
         while (waiting or self._running) and not self._interrupted():
             for worker in self._crew.ids:
-                if worker not in self._running and worker not in self._crew.unready:
-                    mine = self._crew.holdings(worker)
-                    if (each := next((each for each in waiting if each.units[0].shard in mine), None)) is not None:
-                        waiting.remove(each)
-                        self._running[worker] = job, _ = next(self._jobs), each
-                        self._crew.give(worker, [self._make_task(job, each.units[0], each.done)])
+                busy = worker in self._running or worker in self._crew.unready
+                if not busy and (each := self._next_for(worker, waiting)) is not None:
+                    waiting.remove(each)
+                    self._running[worker] = job, _ = next(self._jobs), each
+                    self._crew.give(worker, [self._make_task(job, each.units[0], each.done)])
             for message in [*self._crew.wait(self._crew.patience_s), *self._crew.silent()]:
                 self._hear(message, waiting)
+
+    def _next_for(self, worker: WorkerId, waiting: Sequence[Arrears]) -> Arrears | None:
+        """The first whose next shard the worker holds, or nobody does who will be there soon."""
+        held = {
+            shard for other in self._crew.ids if other not in self._crew.late for shard in self._crew.holdings(other)
+        }
+        mine = self._crew.holdings(worker)
+        return next((e for e in waiting if e.units[0].shard in mine or e.units[0].shard not in held), None)
 
     def _is_of(self, message: Finished | Raised) -> bool:
         return message.worker in self._running and self._running[message.worker][0] == message.job
@@ -116,6 +123,8 @@ class CatchUp:
         match message:
             case Ready():
                 self._crew.became_ready(message)
+            case Late():
+                self._crew.late.add(message.worker)
             case Finished() if self._is_of(message):
                 _, each = self._running.pop(message.worker)
                 self._crew.ended(message.worker)

@@ -34,7 +34,9 @@ class Crew:
         self._looked_s, self._stopped = self._now(), frozenset[WorkerId]()
         self.ids = workers.ids
         self.running: dict[WorkerId, Unit] = {}
+        self._began_s: dict[WorkerId, float] = {}
         self._given_s: dict[WorkerId, float] = {}
+        """What deadlines count from: later than the beginning where a unit had to wait, or nobody looked."""
         self._slowest_s: dict[str, float] = {}
         """Of the units of each trial that ended so far."""
         self.unready: set[WorkerId] = set()
@@ -56,7 +58,8 @@ class Crew:
 
     def ended(self, worker: WorkerId, whole: bool = True) -> Unit | None:
         """The unit that a worker ran; `whole` says that it came to its end, and not the worker to his."""
-        took_s = self._now() - self._given_s.pop(worker, self._now())
+        self._given_s.pop(worker, None)
+        took_s = self._now() - self._began_s.pop(worker, self._now())
         unit = self.running.pop(worker, None)
         if unit is not None and whole:
             self._slowest_s[unit.trial] = max(took_s, self._slowest_s.get(unit.trial, 0.0))
@@ -85,7 +88,7 @@ class Crew:
         if (
             since_s > 2 * _LOOK_S
         ):  # it is this process that did not look, or was stopped itself: it says nothing of them
-            self._given_s = {worker: given_s + since_s for worker, given_s in self._given_s.items()}
+            self._given_s = {worker: min(now, given_s + since_s) for worker, given_s in self._given_s.items()}
         before, self._stopped = self._stopped, frozenset(self._workers.stopped())
         return [worker for worker in self._given_s if worker in before & self._stopped]
 
@@ -147,9 +150,11 @@ class Crew:
         if trials or buffers:  # said only to an idle worker: it reads, so that the send cannot block
             self._workers.send(worker, Forget(tuple(trials), tuple(buffers)))
             self._forgotten[worker] = ([], [])
+        if not self._given_s:
+            self._looked_s = self._now()  # there was nothing to look at
         for task in tasks:
             self.running[worker] = task.unit
-            self._given_s[worker] = self._now()
+            self._began_s[worker] = self._given_s[worker] = self._now()
             known, trial = self._configured[worker], task.unit.trial
             self._workers.send(worker, replace(task, config=None, recipe=None) if trial in known else task)
             known.add(trial)
@@ -169,6 +174,7 @@ class Crew:
                 self._workers.send(worker, Rest())
         self.running.clear()
         self._given_s.clear()
+        self._began_s.clear()
         self.unready.clear()
 
 

@@ -92,9 +92,13 @@ class DurableStates:
             self.folder.rmdir()
 
     def _write(self, held: str, trial: str, units: int) -> Path:
-        durable_folder(self.folder)
         path = self.folder / f"{trial}-{units}.safetensors"
-        self._disk.wait_out(lambda: self._store.save(held, path))
+
+        def write() -> None:
+            durable_folder(self.folder)
+            self._store.save(held, path)
+
+        self._disk.wait_out(write)
         return path
 
     def _conclude(self, held: str, trial: str, units: int, done: Future[Path]) -> None:

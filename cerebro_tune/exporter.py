@@ -15,8 +15,8 @@ from cerebro_tune.ledger import FullDisk
 class Exporter:
     """Writes committed states as checkpoints, on a thread of its own so that the loop goes on meanwhile."""
 
-    def __init__(self, book: TrialBook, clock: Clock, disk: FullDisk) -> None:
-        self._book, self._disk = book, disk
+    def __init__(self, book: TrialBook, clock: Clock, disk: FullDisk, durable: bool) -> None:
+        self._book, self._disk, self._durable = book, disk, durable
         self._thread = clock.beside("export")
         self.pending = 0
 
@@ -27,7 +27,9 @@ class Exporter:
     def write(self, page: TrialPage, buffer: Mapped) -> None:
         """Write the state in `buffer` as the trial's last checkpoint."""
         path, recipe = self._book.path(page, "last"), self._book.recipe_of(page)
-        page.digests["last"] = recipe.keep(state.read(buffer), path, self._disk.stand_still)
+        digest = recipe.keep(state.read(buffer), path, self._disk.stand_still, self._durable)
+        if digest:
+            page.digests["last"] = digest
         page.last_checkpoint = path
 
     def begin(self, page: TrialPage, buffer: Mapped, then: Callable[[Future[None]], object]) -> None:

@@ -41,6 +41,8 @@ FORMAT = 1
 MANIFEST = "manifest"
 _TABLE = "create table rows (number integer primary key, kind text not null, body text not null, hash text not null)"
 _SYNC_EVERY_S = 0.05
+_NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
+"""What SQLite says of a full disk, and of a limit on the sizes of files."""
 _REMOTE = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "fuse.sshfs", "glusterfs", "orangefs")
 """File systems, by the beginnings of their names, on which locks and mapped files cannot be trusted."""
 
@@ -54,21 +56,48 @@ class Row:
     body: dict[str, Any]
 
 
-class Journal:
-    """A journal that is open for writing, in a run's folder; it is made there if there is none.
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Whose journal it is, in the words of its errors, and what these advise."""
 
-    RunBusyError while another process has it open, ConfigurationError where it would lie on a network file system,
-    DamagedJournalError for one whose bytes are not those that were written.
+    name: str
+    elsewhere: str
+    """While another process has it in its hands."""
+    anew: str
+    """When it is damaged."""
+    local: str
+    """Where it would lie on a network file system."""
+
+
+RUN = Keeper(
+    "run",
+    elsewhere="give another run_dir",
+    anew="begin a new run (resume='never')",
+    local="give a run_dir on a disk of this machine, and copy what you keep with `cerebro-tune export`",
+)
+
+
+class Journal:
+    """A journal that is open for writing, in a folder of its own; it is made there if there is none.
+
+    With `anew` what was there before is removed, unless another process has it open. RunBusyError while one has,
+    ConfigurationError where it would lie on a network file system, DamagedJournalError for one whose bytes are not
+    those that were written.
     """
 
-    def __init__(self, folder: Path, clock: Clock = CLOCK) -> None:
-        _check_local(folder)
+    def __init__(self, folder: Path, clock: Clock = CLOCK, keeper: Keeper = RUN, anew: bool = False) -> None:
+        _check_local(folder, keeper)
         durable_folder(folder)
-        self._lock = _take_lock(folder / LOCK)
+        for around in folder.absolute().parents[1:3]:  # which are new where the run is the first
+            sync_folder(around)
+        self._keeper = keeper
+        self._lock = _take_lock(folder / LOCK, keeper)
         path = folder / NAME
         try:
+            for old in folder.glob(f"{NAME}*") if anew else ():
+                old.unlink()
             _finish_mending(path)
-            self.rows = _whole_rows(path) if path.exists() else []
+            self.rows = _whole_rows(path, keeper) if path.exists() else []
             """What was in it when it was opened."""
             if path.exists() and _is_cut(path):
                 _mend(path, self.rows)
@@ -76,15 +105,18 @@ class Journal:
             self._database.execute(_TABLE.replace("table", "table if not exists"))
             self._wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CREAT)
             sync_folder(folder)
+            os.fsync(self._wal)  # a process that was killed may not have come to it
         except BaseException:
-            os.close(self._lock)
+            for opened in (getattr(self, "_wal", None), self._lock):
+                if opened is not None:
+                    os.close(opened)
             raise
         self._clock, self._thread = clock, clock.beside("journal")
         self._due, self._over = False, Event()
-        self._number = len(self.rows)
+        self._broken: OSError | None = None
+        """What the disk said when it lost rows."""
+        self._number = self._synced = len(self.rows)
         self._hash = _chain(self.rows)
-        self._synced = 0
-        self.sync()  # a process that was killed may not have come to it
 
     @property
     def count(self) -> int:
@@ -98,12 +130,14 @@ class Journal:
 
     def append(self, kind: str, **body: Any) -> None:
         """Append a row; when this returns it survives the death of any process. OSError when the disk is full."""
+        self._check_whole()
         text = json.dumps(body)
         hashed = _hashed(self._hash, kind, text)
         try:
             self._database.execute("insert into rows values (?, ?, ?, ?)", (self._number + 1, kind, text, hashed))
         except sqlite3.OperationalError as error:
-            raise OSError(errno.ENOSPC, f"the run's journal could not be written: {error}") from error
+            why = f"the {self._keeper.name}'s journal could not be written: {error}"
+            raise OSError(errno.ENOSPC if error.sqlite_errorcode in _NO_ROOM else errno.EIO, why) from error
         self._number, self._hash = self._number + 1, hashed
         if not self._due:
             self._due = True
@@ -111,8 +145,15 @@ class Journal:
 
     def sync(self) -> None:
         """Wait until what was appended survives a loss of power."""
+        self._check_whole()
         if self._synced < self._number:
             self._sync()
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise OSError(
+                self._broken.errno, f"the disk has lost rows of the {self._keeper.name}'s journal: {self._broken}"
+            ) from self._broken
 
     def close(self) -> None:
         """Let go of it, with everything in the one file. May be called twice."""
@@ -133,7 +174,11 @@ class Journal:
 
     def _sync(self) -> None:
         number = self._number
-        os.fsync(self._wal)
+        try:
+            os.fsync(self._wal)
+        except OSError as error:
+            self._broken = error  # it is told once: the next call would succeed, and the rows not be on disk
+            raise
         self._synced = max(number, self._synced)
 
 
@@ -142,7 +187,13 @@ def read_journal(folder: Path) -> list[Row]:
     path = folder / NAME
     if not path.exists():
         raise ConfigurationError(f"{folder} has no {NAME}: it is not the folder of a run, or of one that kept none.")
-    return _whole_rows(path)
+    return _whole_rows(path, RUN)
+
+
+def check_free(folder: Path, keeper: Keeper = RUN) -> None:
+    """RunBusyError while another process has the journal in this folder open."""
+    if (folder / LOCK).exists():
+        os.close(_take_lock(folder / LOCK, keeper))
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -152,26 +203,26 @@ def _connect(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _whole_rows(path: Path) -> list[Row]:
-    _check_wal(path.with_name(f"{path.name}-wal"))
+def _whole_rows(path: Path, keeper: Keeper) -> list[Row]:
+    _check_wal(path.with_name(f"{path.name}-wal"), keeper)
     cut = _is_cut(path)
     rows: list[Row] = []
     hashed = ""
     try:
-        for number, kind, text, found in _raw_rows(path):
+        for number, kind, text, found in _raw_rows(path, keeper):
             hashed = _hashed(hashed, kind, text)
             if number != len(rows) + 1 or found != hashed:
                 if cut:
                     break
-                raise _damaged(path, f"row {number} is not the one that was written")
+                raise _damaged(path, f"row {number} is not the one that was written", keeper)
             rows.append(Row(number, kind, json.loads(text)))
     except (sqlite3.DatabaseError, ValueError, TypeError, OverflowError) as error:
         if not cut:
-            raise _damaged(path, str(error)) from error
+            raise _damaged(path, str(error), keeper) from error
     return rows
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
+def _raw_rows(path: Path, keeper: Keeper) -> Iterator[tuple[int, str, str, str]]:
     beside = path.with_name(f"{path.name}-wal")
     # What has no file beside it is read as it lies: SQLite would leave new ones there.
     how = "mode=ro" if beside.exists() and beside.stat().st_size else "mode=ro&immutable=1"
@@ -179,7 +230,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, str, str, str]]:
         if not _is_cut(path):
             (told,) = database.execute("pragma integrity_check").fetchone()
             if told != "ok":
-                raise _damaged(path, told)
+                raise _damaged(path, told, keeper)
         if database.execute("select count(*) from sqlite_master").fetchone() == (0,):
             return  # cut before its table was in it
         yield from database.execute("select number, kind, body, hash from rows order by number")
@@ -196,7 +247,7 @@ def _is_cut(path: Path) -> bool:
     return size < (65536 if page == 1 else page) * int.from_bytes(header[28:32], "big")
 
 
-def _check_wal(path: Path) -> None:
+def _check_wal(path: Path, keeper: Keeper) -> None:
     """Refuse a write-ahead file with a changed byte, which SQLite takes for the end of what was written.
 
     Its frames are checked by running sums; one that fails and has another of the same writing behind it was whole once.
@@ -207,7 +258,7 @@ def _check_wal(path: Path) -> None:
     magic, _, page, _, *salts, first, second = _WAL_HEADER.unpack_from(content)
     order = ">" if magic & 1 else "<"
     if magic & ~1 != _WAL_MAGIC or _sums(order, content[:24], (0, 0)) != (first, second):
-        raise _damaged(path, "its header is not the one that was written")
+        raise _damaged(path, "its header is not the one that was written", keeper)
     sums, size = (first, second), _FRAME_HEADER.size + page
     starts = range(_WAL_HEADER.size, len(content) - size + 1, size)
     wrong = None
@@ -216,7 +267,7 @@ def _check_wal(path: Path) -> None:
         _, _, *found, one, two = _FRAME_HEADER.unpack(header)
         if wrong is not None:
             if found == salts:
-                raise _damaged(path, f"the frame at byte {wrong} is not the one that was written")
+                raise _damaged(path, f"the frame at byte {wrong} is not the one that was written", keeper)
             continue
         sums = _sums(order, header[:8] + content[start + _FRAME_HEADER.size : start + size], sums)
         if found != salts or sums != (one, two):
@@ -292,14 +343,14 @@ def _hashed(before: str, kind: str, text: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{before}\n{kind}\n{text}".encode())
 
 
-def _damaged(path: Path, why: str) -> DamagedJournalError:
+def _damaged(path: Path, why: str, keeper: Keeper) -> DamagedJournalError:
     return DamagedJournalError(
-        f"The journal {path} is damaged: {why}. Nothing is taken up from it: restore the run's folder from a copy, or "
-        "begin a new run (resume='never')."
+        f"The journal {path} is damaged: {why}. Nothing is taken up from it: restore the {keeper.name}'s folder from a "
+        f"copy, or {keeper.anew}."
     )
 
 
-def _take_lock(path: Path) -> int:
+def _take_lock(path: Path, keeper: Keeper) -> int:
     """Hold a lock for as long as this process lives, or until the descriptor is closed."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -308,7 +359,7 @@ def _take_lock(path: Path) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
         os.close(descriptor)
         raise RunBusyError(
-            f"The run in {path.parent} is in the hands of {holder}: wait for its end, or give another run_dir."
+            f"The {keeper.name} in {path.parent} is in the hands of {holder}: wait for its end, or {keeper.elsewhere}."
         ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -330,9 +381,9 @@ def remote_kind(folder: Path) -> str:
     return kind if kind.startswith(_REMOTE) else ""
 
 
-def _check_local(folder: Path) -> None:
+def _check_local(folder: Path, keeper: Keeper) -> None:
     if kind := remote_kind(folder):
         raise ConfigurationError(
-            f"run_dir {folder} lies on a network file system ({kind}), whose locks and mapped files cannot be trusted: "
-            "give a run_dir on a disk of this machine, and copy what you keep with `cerebro-tune export`."
+            f"The {keeper.name}'s folder {folder} lies on a network file system ({kind}), whose locks and mapped files "
+            f"cannot be trusted: {keeper.local}."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,13 +29,18 @@ class FullDisk:
     def __init__(self, clock: Clock, trouble: Callable[[str], object], interrupted: Callable[[], bool]) -> None:
         self._clock, self._trouble, self._interrupted = clock, trouble, interrupted
         self._told_s = -_TELL_AGAIN_S
+        self._given_up = threading.Event()
 
     def stand_still(self, error: OSError) -> None:
-        """Wait a little; raise the error again when the run was interrupted."""
-        if self._interrupted():
+        """Wait a little; raise the error again when the run was interrupted, or is being closed."""
+        if self._interrupted() or self._given_up.is_set():
             raise error
         self.tell(f"the run stands still: {told(error)}")
-        self._clock.sleep(_LOOK_AGAIN_S)
+        self._clock.sleep(_LOOK_AGAIN_S, unless=self._given_up)
+
+    def give_up(self) -> None:
+        """Nobody is to wait any more."""
+        self._given_up.set()
 
     def tell(self, what: str) -> None:
         """Tell it, if that was not done a moment ago."""
@@ -91,9 +97,12 @@ class Ledger:
     def close(self) -> None:
         """Let go of it."""
         if self._journal is not None:
-            self.sync()
-            self._journal.close()
+            try:
+                self.sync()
+            finally:
+                self._journal.close()
 
     def _follow_up(self, journal: Journal) -> None:
         while self._waiting and self._waiting[0][0] <= journal.synced:
-            self._waiting.popleft()[1]()
+            self._waiting[0][1]()
+            self._waiting.popleft()

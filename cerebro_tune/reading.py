@@ -116,7 +116,7 @@ class RunReading:
     def checkpoint(self, name: str) -> Path:
         """A trial's checkpoint: its best where there is one, else its last."""
         folder = self.folder / self.trial(name).id
-        found = [path for kind in ("best", "last") for path in sorted(folder.glob(f"{kind}.*")) if path.is_file()]
+        found = [path for kind in ("best", "last") for path in _named(folder, kind)]
         if not found:
             status = self.trial(name).status
             raise ConfigurationError(f"{name}, which is {status}, has no checkpoint in {self.folder}.")
@@ -133,8 +133,7 @@ class RunReading:
         wrong = []
         for trial in self.trials.values():
             for name, digest in trial.checkpoints.items():
-                files = [path for path in (self.folder / trial.id).glob(f"{name}.*") if path.is_file()]
-                if [digest_of_file(path) for path in files] != [digest]:
+                if [digest_of_file(path) for path in _named(self.folder / trial.id, name)] != [digest]:
                     wrong.append(f"{trial.id}: its {name} checkpoint is not the one that was written")
             ended = trial.status in ("finished", "stopped", "failed")
             if trial.state is None or ended:
@@ -145,3 +144,8 @@ class RunReading:
             except (OSError, CerebroError) as error:
                 wrong.append(f"{trial.id}: {error}")
         return wrong
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    """The checkpoint of this name, whatever its suffix; not one that waits to become it."""
+    return [path for path in folder.glob(f"{name}.*") if path.stem == name and path.is_file()]

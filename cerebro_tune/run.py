@@ -100,7 +100,7 @@ class Run:
         self._ledger = Ledger(journal, self._disk)
         self._undispatched = False
         self._workers, self._store = workers, store
-        store.stand_still = self._disk.stand_still
+        store.stand_still = workers.stand_still = self._disk.stand_still
         self._crew = Crew(workers, settings)
         self._tuner, self._progress = tuner, progress
         spec = settings.spec
@@ -116,7 +116,7 @@ class Run:
         self._book = TrialBook(settings, recipe)
         self._timeline = Timeline(workers.ids, settings.trace)
         self._commands = CommandQueue(workers.wake)
-        self._exporter = Exporter(self._book, clock, self._disk)
+        self._exporter = Exporter(self._book, clock, self._disk, self._ledger.kept)
         self._inbox: deque[Message] = deque()
         self._orders: deque[Instruction] = deque()
         self._results: dict[str, Finished] = {}
@@ -152,9 +152,12 @@ class Run:
         """Add a trial that goes on, paused, from a state that `save` has written: with what `progress` was then."""
         return self._commands.ask(lambda: self._restore(config, path, units, frozenset(visited), index))
 
-    def save(self, trial_id: str, path: Path) -> None:
-        """Write the state that the trial's last unit committed, so that it outlives this process."""
-        self._commands.ask(lambda: self._store.save(self._page(trial_id).trial.id, path, durable=False))
+    def save(self, trial_id: str, path: Path) -> str:
+        """Write the state that the trial's last unit committed, so that it outlives this process; returns its digest.
+
+        Not before `statefile.sync` has had the file does it survive a loss of power.
+        """
+        return self._commands.ask(lambda: self._store.save(self._page(trial_id).trial.id, path, durable=False))
 
     def progress(self, trial_id: str) -> tuple[int, list[int]]:
         """Units committed, and the shards visited in the epoch that the trial is in."""
@@ -473,7 +476,7 @@ class Run:
     def _task(self, job: int, unit: Unit) -> Task:
         _, done, total = self._hopper.progress(unit.trial)
         epoch_done = done % self.settings.shards == self.settings.shards - 1
-        return self._task_of(job, unit, done, self._book.export(unit, epoch_done, done + 1 == total))
+        return self._task_of(job, unit, done, self._book.export(unit, epoch_done, done + 1 == total, self._ledger.kept))
 
     def _task_of(self, job: int, unit: Unit, done: int, export: Export | None) -> Task:
         """The order to run a unit, which is number `done` of its trial."""
@@ -692,15 +695,22 @@ class Run:
         """Let go of everything: workers still busy with units are replaced. May be called twice."""
         if not self._commands.close():
             return
+        self._disk.give_up()
         self._exporter.close()
-        self._ledger.close()
+        try:
+            self._ledger.close()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         if self._durable is not None:
             self._durable.close()
         self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})
         for page in self._book:
             if not (status := self._hopper.status(page.trial.id)).ended:
                 self._book.recipe_of(page).end_log(page.trial.id, status.value)
-        self._book.clear_staged(self._results.keys())
+        if self._is_where_it_was:
+            self._book.clear_staged(self._results.keys())
         self._store.close()
         if self.settings.trace:
             self._timeline.write(self.settings.run_dir / "trace.json")

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,10 +23,11 @@ from cerebro_tune.buffers import Mapped
 from cerebro_tune.errors import DamagedStateError, StateError
 from cerebro_tune.regions import ARRAY, TENSOR, aligned, check_rows, clear_tail, contiguous
 from cerebro_tune.state import digest, parts, plan, read, seal, write
-from cerebro_tune.treecodec import named_leaves
-from cerebro_tune.wholefile import whole_file
+from cerebro_tune.treecodec import check_classes, named_leaves
+from cerebro_tune.wholefile import sync_file, sync_folder, whole_file
 
 _LENGTH = struct.Struct("<Q")
+_SYNCED_AT_ONCE = 8
 _DTYPES = {  # torch's and NumPy's names -> safetensors' name and bytes; the others are stored as plain bytes
     "float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2),
     "int64": ("I64", 8), "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1),
@@ -68,6 +70,14 @@ def save(state: Any, path: Path | str, durable: bool = True) -> str:
     return checksum
 
 
+def sync(paths: Collection[Path]) -> None:
+    """Wait until the disk has files that were saved without `durable`."""
+    with ThreadPoolExecutor(_SYNCED_AT_ONCE) as pool:  # a file system takes those that come together in one go
+        list(pool.map(sync_file, paths))
+    for folder in {path.parent for path in paths}:
+        sync_folder(folder)
+
+
 def load(path: Path | str, device: str | None = None) -> Any:
     """The tree of a saved state; DamagedStateError when its bytes are not those that were written."""
     buffer, _, _ = load_into(path, Mapped.private)
@@ -81,6 +91,7 @@ def load_into(path: Path | str, buffer_of: Callable[[int], Mapped]) -> tuple[Map
             table, text, checksum, entries = _read_header(file)
             end = _end(entries)
             check_rows(table, end)
+            check_classes(text)
             used = end + len(table) + len(text)
         except (LookupError, OverflowError, TypeError, ValueError, StateError, struct.error, RecursionError) as error:
             raise _damaged(path, f"its header cannot be read ({error!r})") from error

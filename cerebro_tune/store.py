@@ -27,7 +27,7 @@ from cerebro_tune.budget import state_budget
 from cerebro_tune.buffers import Buffer, BufferCache, BufferRef, Mapped, copy, has_anonymous_memory, readable
 from cerebro_tune.errors import StateError, StateMemoryError, StateTooLargeError
 from cerebro_tune.statefile import load_into, save
-from cerebro_tune.wholefile import once_there_is_room
+from cerebro_tune.wholefile import give_up, once_there_is_room
 
 __all__ = ["BufferCache", "BufferRef", "StateStore", "copy", "state_budget"]
 
@@ -75,7 +75,7 @@ class StateStore:
         self._keys, self._files = itertools.count(), itertools.count()
         self._folder: Path | None = None
         self._allocate = allocate or self._new_buffer
-        self.stand_still: Callable[[OSError], object] = _give_up
+        self.stand_still: Callable[[OSError], object] = give_up
         """What is called, again and again, while the disk is full; it may raise to give up."""
         self._clear_spilled()  # of a run that was killed
 
@@ -369,10 +369,3 @@ def rounded(nbytes: int) -> int:
     """A capacity of at least `nbytes`, from eight sizes per power of two, so that buffers of like states are alike."""
     step = max(SMALLEST, 1 << max(0, nbytes.bit_length() - 4))
     return -(-nbytes // step) * step
-
-
-def _give_up(error: OSError) -> None:
-    try:
-        raise error
-    finally:
-        del error  # or it would hold this frame, which holds it, and with it what is mapped

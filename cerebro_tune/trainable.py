@@ -164,17 +164,25 @@ class Recipe(ABC):
     def export(self, state: dict[str, Any], path: Path) -> None:
         """Write `state` as a checkpoint that the host's own tools open."""
 
-    def keep(self, state: dict[str, Any], path: Path, stand_still: Callable[[OSError], object]) -> str:
-        """Export it so that it outlives a loss of power, and return the digest of the file.
+    def keep(self, state: dict[str, Any], path: Path, stand_still: Callable[[OSError], object], durable: bool) -> str:
+        """Export it, with its folder; if `durable` so that it outlives a loss of power, and return the file's digest.
 
         On a full disk `stand_still` is called until there is room; it may raise to give up.
         """
-        durable_folder(path.parent)
-        once_there_is_room(lambda: self.export(state, path), stand_still)
-        if path.exists():  # a host may have its own names for what it writes there
-            sync_file(path)
-        sync_folder(path.parent)
-        return digest_of_file(path)
+
+        def write() -> str:
+            if not durable:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.export(state, path)
+                return ""
+            durable_folder(path.parent)
+            self.export(state, path)
+            if path.exists():  # a host may have its own names for what it writes there
+                sync_file(path)
+            sync_folder(path.parent)
+            return digest_of_file(path)
+
+        return once_there_is_room(write, stand_still)
 
     def takes(self, key: str) -> bool:
         """Whether the model itself takes this key of the config (`batch_size` and `epochs` are ours only if not)."""

@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 """What writing raises on a full disk, or beyond a limit that somebody has set."""
+_NO_FOLDERS = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES})
+"""What file systems raise on which folders cannot be synced, and those of others."""
 
 
 @contextmanager
@@ -40,16 +42,16 @@ def whole_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
 
 
 def durable_folder(folder: Path) -> None:
-    """Make a folder, and those around it, so that they survive a power failure."""
+    """Make a folder, and those around it, so that it survives a power failure; it may be there, and not for sure."""
     if not folder.exists():
         durable_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def sync_file(path: Path) -> None:
     """Wait until the disk has a file that was written before."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)  # Windows syncs what may be written to
     try:
         os.fsync(fd)
     finally:
@@ -59,7 +61,11 @@ def sync_file(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Make what was named anew in a folder survive a power failure; Windows does by itself, and cannot open folders."""
     if os.name == "posix":
-        sync_file(folder)
+        try:
+            sync_file(folder)
+        except OSError as error:
+            if error.errno not in _NO_FOLDERS:
+                raise
 
 
 def digest_of_file(path: Path) -> str:
@@ -72,6 +78,14 @@ def digest_of_file(path: Path) -> str:
     except FileNotFoundError:
         return ""
     return hashed.hexdigest()
+
+
+def give_up(error: OSError) -> None:
+    """Not wait for room at all."""
+    try:
+        raise error
+    finally:
+        del error  # or it would hold this frame, which holds it, and with it what is mapped
 
 
 def told(error: OSError) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,21 @@ from ray.tune.search.optuna import OptunaSearch
 
 import lightning_nets
 import nets
+import resumed_runs
 from cerebro_tune import Cerebro, ShardedDataset
+from cerebro_tune.journal import NAME
 from cerebro_tune_lightning import HopStrategy
 from cerebro_tune_ray import PromotionASHA, tune
 
 SAMPLES = 6
 KILL_AT, KILL_AFTER = int(os.environ.get("KILL_AT", "0")), "KILL_AFTER" in os.environ
 """Set in a process that is to die, at its so many-th result: the search that is restored has the same callbacks."""
+SIGNAL = signal.Signals[os.environ.get("SIGNAL", "SIGKILL")]
+"""What it sends itself then."""
+DIE_AT_ROW = int(os.environ.get("DIE_AT_ROW", "0"))
+"""Set in a process that is to die when it has written this row of its record."""
+FULL_AT = int(os.environ.get("FULL_AT", "0"))
+"""Set in a process in which no file can grow beyond so many bytes until its record has tried to for a while."""
 
 
 def scheduler(name: str) -> Any:
@@ -88,7 +99,7 @@ class Watch(tune.Callback):
 
     def die_if_due(self) -> None:
         if KILL_AT and self.log.exists() and len(self.log.read_text().splitlines()) >= KILL_AT:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), SIGNAL)
 
 
 def search(name: str, folder: Path, cerebro: Cerebro) -> Any:
@@ -111,10 +122,27 @@ def restore(name: str, folder: Path, cerebro: Cerebro) -> Any:
     return tune.Tuner.restore(str(folder / "ray" / "search"), trainable(name), executor=cerebro).fit()
 
 
+def fill_disk(written: Path) -> None:
+    """Let files grow to FULL_AT bytes and no further, until a while after this one has come near that."""
+
+    def make_room() -> None:
+        while not written.exists() or written.stat().st_size < FULL_AT - 10_000:
+            time.sleep(0.01)
+        time.sleep(1.5)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_AT, resource.RLIM_INFINITY))
+    threading.Thread(target=make_room).start()
+
+
 def main() -> None:
     """The driver that dies; one that is started where another has died takes the search up."""
     name, where, live = sys.argv[1:]
     folder = Path(where)
+    if DIE_AT_ROW:
+        resumed_runs.die_at(DIE_AT_ROW, before=False)
+    if FULL_AT:
+        fill_disk(folder / "ray" / "search" / "cerebro" / f"{NAME}-wal")
     ray.init(address=os.environ["RAY_SESSION"], logging_level="ERROR", log_to_driver=False)
     with executor(folder, int(live)) as dying:
         if (folder / "log").exists():

@@ -243,7 +243,7 @@ class SimulatedWorkers(Workers):
         if task.export is not None:
             path, best = task.export.place(metrics)
             if path is not None:
-                exported = Chain().keep({"chain": chain}, path, lambda _: None)
+                exported = Chain().keep({"chain": chain}, path, lambda _: None, task.export.durable)
         spans = Spans(began, began, began + takes, began + takes)
         digest = state.digest(buffer, used)
         finished = Finished(worker, task.job, unit, metrics, used, digest, spans, best, exported)

@@ -28,7 +28,6 @@ from cerebro_tune.clock import Clock
 from cerebro_tune.errors import CerebroError, DamagedStateError, StateMemoryError
 from cerebro_tune.journal import Journal, read_journal
 from cerebro_tune.ledger import FullDisk
-from cerebro_tune.workers.inline import InlineWorkers
 from conftest import points
 from resumed_runs import fit, in_child
 from runs import outcome, weights
@@ -226,7 +225,6 @@ def full_for(number: int, folder: Path) -> None:
     with (
         patch.object(Path, "open", opening),
         patch.object(FullDisk, "stand_still", waiting(FullDisk.stand_still)),
-        patch.object(InlineWorkers, "_stand_still", waiting(InlineWorkers._stand_still)),
     ):
         fit(folder)
     if next(written) <= number:

@@ -7,40 +7,93 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
 import nets
 import ray_searches
 from cerebro_tune import Cerebro, ShardedDataset
-from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.errors import ConfigurationError, DamagedJournalError, DamagedStateError, RunBusyError
+from cerebro_tune.journal import LOCK, NAME, Journal, read_journal
+from cerebro_tune.statefile import save
 from cerebro_tune_ray import tune
+from cerebro_tune_ray.record import Record
+from cerebro_tune_ray.rows import Standing
 from conftest import points
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+def write_data(folder: Path) -> None:
+    ShardedDataset.write(points(202), folder / "train", num_shards=4)
+    ShardedDataset.write(points(100, seed=1), folder / "validation", num_shards=1)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    ShardedDataset.write(points(202), tmp_path / "train", num_shards=4)
-    ShardedDataset.write(points(100, seed=1), tmp_path / "validation", num_shards=1)
+    write_data(tmp_path)
     return tmp_path
+
+
+Whole = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The undisturbed search of a name: its log and its grid. It is the same for all tests."""
+
+    @cache
+    def search(name: str) -> tuple[Path, Any]:
+        folder = tmp_path_factory.mktemp(f"whole-{name}")
+        write_data(folder)
+        with ray_searches.executor(folder, 1) as cerebro:
+            return folder / "log", ray_searches.search(name, folder, cerebro)
+
+    return search
+
+
+def driver(name: str, folder: Path, live: int, **environment: str) -> subprocess.Popen[str]:
+    """A process that runs a search, or takes it up."""
+    # Imported, not run as a script, so that its classes are those of this process too when the search is restored.
+    script = "import ray_searches; ray_searches.main()"
+    command = [sys.executable, "-c", script, name, str(folder), str(live)]
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    session = {"RAY_SESSION": ray.get_runtime_context().gcs_address, "PYTHONPATH": paths}
+    environment = {**os.environ, **session, **environment}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit code, and what it told of errors."""
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, errors
 
 
 def kill(name: str, folder: Path, live: int, moment: int, how: str) -> None:
     """Run a search, or take it up, in a process that is killed at the n-th result of all."""
-    # Imported, not run as a script, so that its classes are those of this process too when the search is restored.
-    script = "import ray_searches; ray_searches.main()"
-    command = [sys.executable, "-c", script, name, str(folder), str(live)]
-    session = {"RAY_SESSION": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(Path(__file__).parent)}
     death = {"KILL_AT": str(moment)} | ({"KILL_AFTER": "1"} if how == "after" else {})
-    environment = {**os.environ, **session, **death}
-    died = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    code, errors = end_of(driver(name, folder, live, **death))
+    assert code == -signal.SIGKILL, errors
+
+
+def take_up(name: str, folder: Path) -> Any:
+    with ray_searches.executor(folder, 1) as cerebro:
+        return ray_searches.restore(name, folder, cerebro)
+
+
+def scores(grid: Any) -> list[float]:
+    return sorted(result.metrics["val_loss"] for result in grid)
 
 
 def told(log: Path) -> list[list[str]]:
@@ -59,25 +112,18 @@ def told(log: Path) -> list[list[str]]:
     ],
 )  # fmt: skip
 def test_every_result_is_that_of_the_undisturbed_search(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, moment: int, how: str, fresh: bool
+    folder: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch, name: str, moment: int, how: str, fresh: bool
 ) -> None:
     if fresh:  # Ray's state of the experiment is that of its last step
         monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
-    whole = folder / "whole"
-    whole.mkdir()
-    for data in ("train", "validation"):
-        shutil.copytree(folder / data, whole / data)
-    with ray_searches.executor(whole, 1) as cerebro:
-        expected = ray_searches.search(name, whole, cerebro)
+    log, expected = whole(name)
     kill(name, folder, 1, moment, how)
-    assert moment <= len(told(folder / "log")) < len(told(whole / "log")) - 5
-    with ray_searches.executor(folder, 1) as cerebro:
-        grid = ray_searches.restore(name, folder, cerebro)
-    assert told(folder / "log") == told(whole / "log")
+    assert moment <= len(told(folder / "log")) < len(told(log)) - 5
+    grid = take_up(name, folder)
+    assert told(folder / "log") == told(log)
     assert grid.num_errors == 0
     assert len(grid) == len(expected) == ray_searches.SAMPLES
-    scores = [sorted(result.metrics["val_loss"] for result in each) for each in (grid, expected)]
-    assert scores[0] == scores[1]
+    assert scores(grid) == scores(expected)
 
 
 @pytest.mark.parametrize(("name", "moments"), [("pbt", (20, 30)), ("promotion", (9, 17)), ("function", (1, 30))])
@@ -96,6 +142,199 @@ def test_trials_side_by_side_go_on_from_their_last_unit_after_each_death(
         if name != "pbt":  # where a trial may go back to another's unit
             assert units == list(range(1, len(units) + 1))
     assert not list((folder / "ray" / "search" / "cerebro").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "row"), [("asha", 22), ("hyperband", 48), ("pbt", 44)])
+def test_a_row_has_all_that_a_death_right_after_it_needs(folder: Path, whole: Whole, name: str, row: int) -> None:
+    """The rows are the start of a trial, the end of a bracket, and an exploit."""
+    log, expected = whole(name)
+    code, errors = end_of(driver(name, folder, 1, DIE_AT_ROW=str(row)))
+    assert code == -signal.SIGKILL, errors
+    assert scores(take_up(name, folder)) == scores(expected)
+    # The report that the last row is of was not heard by callbacks, and is not made again.
+    unheard = [each for each in told(log) if each not in told(folder / "log")]
+    assert len(unheard) == (name == "hyperband")
+
+
+def heard(log: Path) -> list[tuple[str, ...]]:
+    """The results without those that are there again; trials are told apart by their learning rates."""
+    return list(dict.fromkeys(tuple(row[1:]) for row in told(log)))
+
+
+def record_of(folder: Path) -> Path:
+    return folder / "ray" / "search" / "cerebro"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (f"{NAME}-shm", LOCK)
+    }
+
+
+def test_a_damaged_record_is_refused_and_one_that_was_cut_is_not(
+    folder: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1000")  # the first, when the search begins, is the only one
+    log, expected = whole("asha")
+    kill("asha", folder, 1, 30, "before")
+    written = record_of(folder) / f"{NAME}-wal"
+    content = written.read_bytes()
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 1
+    written.write_bytes(damaged)
+    before = contents(folder / "ray")
+    with pytest.raises(DamagedJournalError, match=r"copy, or begin a new experiment under another name; stock Ray"):
+        take_up("asha", folder)
+    assert contents(folder / "ray") == before
+    written.write_bytes(content[:-20_000])
+    with pytest.warns(UserWarning, match="goes back to where it was when Ray wrote its state last"):
+        grid = take_up("asha", folder)
+    assert heard(folder / "log") == heard(log)
+    assert len(told(folder / "log")) > len(told(log))
+    assert scores(grid) == scores(expected)
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged", "exchanged"])
+def test_a_state_that_is_not_what_was_noted_is_never_trained_on(
+    folder: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")  # all is secured after each report
+    log, expected = whole("asha")
+    kill("asha", folder, 1, 26, "before")
+    rows = read_journal(record_of(folder))
+    assert rows[-1].kind == "result"
+    (noted,) = rows[-1].body["stood"]
+    path = record_of(folder) / noted["file"]
+    others = [each for each in record_of(folder).glob("*.safetensors") if each != path]
+    kept = {each: each.read_bytes() for each in [path, *others]}
+    for each in kept:
+        each.unlink()
+    before = (folder / "log").read_text()
+    with pytest.raises(DamagedStateError, match=r"a state of trial \w+ is lost .*Restore its folder from a copy"):
+        take_up("asha", folder)
+    assert (folder / "log").read_text() == before
+    for each in others:
+        each.write_bytes(kept[each])
+    if how == "damaged":
+        path.write_bytes(kept[path][:-3])
+    elif how == "exchanged":
+        path.write_bytes(kept[others[0]])
+    with pytest.warns(UserWarning, match="what came after is done again: a state of trial"):
+        grid = take_up("asha", folder)
+    assert heard(folder / "log") == heard(log)
+    assert scores(grid) == scores(expected)
+
+
+def test_an_experiment_has_one_driver(folder: Path, whole: Whole) -> None:
+    _, expected = whole("asha")
+    first = driver("asha", folder, 1, KILL_AT="9", SIGNAL="SIGSTOP")
+    try:
+        os.waitpid(first.pid, os.WUNTRACED)
+        before = contents(folder / "ray")
+        for attempt in (take_up, lambda name, folder: ray_searches.search(name, folder, Cerebro(backend="inline"))):
+            with pytest.raises(RunBusyError, match=f"in the hands of process {first.pid} on .*give another name"):
+                attempt("asha", folder)
+        with pytest.raises(RunBusyError), ray_searches.executor(folder, 1) as cerebro:
+            tune.run(nets.Deep, storage_path=str(folder / "ray"), name="search", executor=cerebro, verbose=0)
+        assert contents(folder / "ray") == before
+    finally:
+        first.kill()
+        first.communicate()
+    assert scores(take_up("asha", folder)) == scores(expected)
+
+
+def test_a_search_stands_while_the_disk_is_full(folder: Path, whole: Whole) -> None:
+    log, _ = whole("asha")
+    code, errors = end_of(driver("asha", folder, 1, FULL_AT="150000"))
+    assert code == 0, errors
+    assert "the run stands still: the experiment's journal could not be written" in errors
+    assert told(folder / "log") == told(log)
+
+
+def begun(experiment: Path) -> None:
+    """The record of a search whose driver has died after four rows: a manifest, two trials, and a report."""
+    record = Record(experiment, {"seed": 0})
+    record.note("add", "a1", text=["{}", "{}"])
+    record.note("add", "b2", text=["{}", "{}"])
+    path = record.new_file("a1")
+    digest = save({"weight": 1.0}, path)
+    record.stand(Standing("a1", path.name, digest, 1, [0], 1, 0.5, 0, {"lr": 0.1}))
+    record.note("result", "a1", result={"val_loss": 1.0}, file=path.name, decision="CONTINUE")
+    record.close(over=False)
+
+
+STANDING = {
+    "trial": "a1", "file": "a1-2.safetensors", "digest": "", "units": 2, "visited": [0], "iteration": 2, "time_s": 1,
+    "index": 0, "config": None, "fit": 0,
+}  # fmt: skip
+RESULT = {"result": {}, "file": None, "decision": "CONTINUE"}
+MALICE: list[tuple[str, dict[str, Any]]] = [
+    ("stood", {"stood": [STANDING | {"file": file}], "gone": []})
+    for file in (
+        "../../victim", "/etc/passwd", "../a1-2.safetensors", "b2-2.safetensors", "a1-1.safetensors", "", ".",
+        "a1-+2.safetensors", "a1-2.safetensors/", "a1-2.ckpt", None, ["a1-2.safetensors"],
+    )
+]  # fmt: skip
+MALICE += [
+    ("stood", {"stood": [STANDING | changed], "gone": []})
+    for changed in (
+        {"trial": "nobody", "file": "nobody-2.safetensors"}, {"trial": "..", "file": "..-2.safetensors"},
+        {"units": -1}, {"units": 1.5}, {"visited": ["0"]}, {"config": "{}"}, {"mode": "min"}, {"index": True},
+    )
+]  # fmt: skip
+MALICE += [
+    ("stood", {"stood": [], "gone": [file]})
+    for file in ("../../../victim", "/etc/passwd", "a1-2.safetensors", "journal.sqlite", "lock", "")
+]
+MALICE += [
+    ("add", {"trial": trial, "told": {"text": ["{}", "{}"]}, "stood": [], "gone": []})
+    for trial in ("../../victim", "/tmp", "a/b", "", "..", None)
+]
+MALICE += [
+    ("result", {"trial": "nobody", "told": RESULT, "stood": [], "gone": []}),
+    ("result", {"trial": "a1", "told": {}, "stood": [], "gone": []}),
+    ("result", {"trial": "a1", "told": RESULT | {"file": 1}, "stood": [], "gone": []}),
+    ("result", {"trial": "a1", "told": RESULT | {"call": "eval"}, "stood": [], "gone": []}),
+    ("result", {"trial": "a1", "told": RESULT}),
+    ("start", {"trial": "a1", "told": {"text": "{}"}, "stood": [], "gone": []}),
+    ("builtins.eval", {"trial": "a1", "told": {}, "stood": [], "gone": []}),
+    ("stood", {}),
+    ("manifest", {"format": 1, "about": {}}),
+]
+"""Rows with a hash that fits, which no driver writes."""
+
+
+@pytest.mark.parametrize(("kind", "body"), MALICE)
+def test_rows_that_no_driver_writes_are_refused(tmp_path: Path, kind: str, body: dict[str, Any]) -> None:
+    experiment = tmp_path / "ray" / "search"
+    begun(experiment)
+    victim = tmp_path / "victim"
+    victim.write_text("is still here")
+    journal = Journal(experiment / "cerebro")
+    number = journal.count + 1
+    journal.append(kind, **body)
+    journal.close()
+    before = contents(tmp_path)
+    with pytest.raises(DamagedJournalError, match=f"Row {number} of the journal, {kind}"):
+        Record(experiment, {"seed": 0})
+    assert contents(tmp_path) == before
+
+
+def test_a_record_of_a_newer_format_or_on_a_network_file_system_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "newer" / "cerebro")
+    journal.append("manifest", format=2, about={}, environment={"cerebro-tune": "9.0"})
+    journal.close()
+    with pytest.raises(ConfigurationError, match=r"has format 2, and .* writes and reads 1: .*'cerebro-tune': '9.0'"):
+        Record(tmp_path / "newer", {})
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: mounts)
+    with pytest.raises(ConfigurationError, match=r"network file system \(nfs4\).*give a storage_path on a disk of"):
+        Record(tmp_path / "remote", {})
+    assert not (tmp_path / "remote").exists()
 
 
 def test_it_resumes_only_what_it_was(folder: Path) -> None:

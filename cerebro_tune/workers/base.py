@@ -17,6 +17,7 @@ from cerebro_tune.clock import CLOCK, Clock
 from cerebro_tune.errors import ConfigurationError, NotPicklableError
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import WorkerId
+from cerebro_tune.wholefile import give_up
 from cerebro_tune.workers.messages import Message, Order
 
 Grow = Callable[[str, int], BufferRef]
@@ -36,6 +37,8 @@ class Workers(ABC):
     """Whether the workers, once started, are on several machines."""
     may_hang = True
     """Whether a worker that hangs leaves the coordinator free to notice."""
+    stand_still: Callable[[OSError], object] = staticmethod(give_up)
+    """What a unit in this very process calls while the disk is full; it may raise to give up."""
     clock: Clock = CLOCK
     """What the time of runs on these workers is counted by."""
 

@@ -6,11 +6,10 @@ import selectors
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from cerebro_tune.seeding import kept_streams
 from cerebro_tune.units import WorkerId
-from cerebro_tune.wholefile import told
 from cerebro_tune.workers.base import Grow, WakePipe, Workers
 from cerebro_tune.workers.messages import Exit, Forget, Joined, Message, Order, Ready, Rest, Setup, Task
 from cerebro_tune.workers.runner import UnitRunner, run_task, set_up
@@ -65,17 +64,15 @@ class InlineWorkers(Workers):
         if self._pipe is not None:
             self._pipe.ring()
 
-    def _stand_still(self, error: OSError) -> None:
-        with suppress(OSError):  # the log may be on that disk
-            print(f"A unit stands still: {told(error)}. It goes on when there is room", file=sys.stderr, flush=True)
-        self.clock.sleep(1.0)
+    def _wait_for_room(self, error: OSError) -> None:
+        self.stand_still(error)
 
     def restart(self, worker: WorkerId) -> None:  # noqa: D102
         self._tasks = deque((whose, task) for whose, task in self._tasks if whose != worker)
         self._said = deque(message for message in self._said if message.worker != worker)
         if runner := self._runners.pop(worker, None):
             runner.close()
-        self._runners[worker] = UnitRunner(worker, self.device(worker), self._grow, self._stand_still)
+        self._runners[worker] = UnitRunner(worker, self.device(worker), self._grow, self._wait_for_room)
         self._said.append(Joined(worker))
 
     def close(self) -> None:  # noqa: D102

@@ -48,6 +48,8 @@ class Export:
     mode: str
     best_so_far: float | None
     last_path: Path | None
+    durable: bool = False
+    """Whether it is to outlive a loss of power, and its digest is wanted."""
 
     def place(self, metrics: Mapping[str, float]) -> tuple[Path | None, bool]:
         """Where the unit's one checkpoint goes (the best also serves as the last), and whether it is the best."""

@@ -255,7 +255,7 @@ class UnitRunner:
         path, best = task.export.place(metrics)
         if path is None:
             return best, ""
-        return best, self._recipe_of(task.unit.trial).keep(tree, path, self._stand_still)
+        return best, self._recipe_of(task.unit.trial).keep(tree, path, self._stand_still, task.export.durable)
 
     def _synchronize(self) -> None:
         """Wait for the device, so that training is not accounted as hopping."""

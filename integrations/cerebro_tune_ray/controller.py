@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,12 @@ from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFaile
 from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.horizons import horizon_warning
 from cerebro_tune_ray.promotion import PromotionASHA
-from cerebro_tune_ray.record import FOLDER, Record, Standing
+from cerebro_tune_ray.record import Record
 from cerebro_tune_ray.recorded import Recorded
-from cerebro_tune_ray.restoring import check_resume, latest, rehearse, reports_since, tell_searcher
+from cerebro_tune_ray.restoring import check_resume, latest, mark, marked, rehearse, reports_since, tell_searcher
 from cerebro_tune_ray.rider import Result
 from cerebro_tune_ray.riders import Riders
+from cerebro_tune_ray.rows import Standing
 from cerebro_tune_ray.schedulers import check_lengths, compares, lacking
 from cerebro_tune_ray.score import Judged
 from cerebro_tune_ray.snapshot import Snapshot
@@ -44,9 +44,6 @@ _TICK_S = 0.2
 """How often Ray gets to look at its clock, for time budgets, interrupts and progress."""
 
 _STORAGE_LOG = "ray.train._internal.storage"
-_MARK = "_cerebro_calls"
-"""An attribute of the searcher: how many calls had been noted when its state was written."""
-
 Board = Callable[["HopController"], Riders]
 """Makes the trials of a controller."""
 
@@ -56,12 +53,14 @@ class HopController(TuneController):
 
     _snapshots = False
     """Whether Ray has written the experiment's state."""
+    _record: Record | None = None
 
     def __init__(self, board: Board, **kwargs: Any) -> None:
         scheduler = kwargs.get("scheduler") or FIFOScheduler()
         _check_scheduler(scheduler)
         self.compares = compares(scheduler) or isinstance(scheduler, PromotionASHA)
-        self._riders, self._told = board(self), Recorded(Judged(scheduler))
+        self._told = Recorded(Judged(scheduler))
+        self._riders = board(self)
         self._told.file = self._riders.file
         self._resuming: list[Trial] = []
         self._broken: Exception | None = None
@@ -85,18 +84,17 @@ class HopController(TuneController):
         """The record in the experiment's folder, if that is on this machine."""
         if not isinstance(storage.storage_filesystem, LocalFileSystem):
             return None
-        folder = Path(storage.experiment_fs_path)
-        if anew:  # a folder of that name may have an experiment that is over
-            shutil.rmtree(folder / FOLDER, ignore_errors=True)
         executor = self._riders.executor
         about = {"trainable": self._riders.name, "report_every": executor.report_every, "seed": executor.seed}
         if executor.has_data:
             about["shards"] = executor.train.num_shards
-        return Record(folder, about)
+        return Record(Path(storage.experiment_fs_path), about, anew)
 
     def save_to_dir(self) -> None:
-        """Ray's own, with a mark in the searcher's state that says up to which call it goes."""
-        vars(_innermost(self._search_alg))[_MARK] = 0 if self._record is None else self._record.count
+        """Ray's own, once the disk has the record, with a mark in the searcher's state: up to which call it goes."""
+        if self._record is not None:
+            self._record.secure()
+            mark(self._search_alg, self._record.count)
         super().save_to_dir()
 
     def resume(self, resume_config: Any) -> None:
@@ -125,7 +123,8 @@ class HopController(TuneController):
     def _take_up(self, record: Record) -> None:
         ended = {trial for trial in self._trials if trial.is_finished()}
         known = {trial.trial_id: trial for trial in self._trials}
-        calls, told = record.calls(), getattr(_innermost(self._search_alg), _MARK, 0)
+        record.mend()
+        calls, told = record.calls(), marked(self._search_alg, record)
         started = list(dict.fromkeys(call.trial for call in calls if call.kind == "start"))
         self._riders.started = len(started)
         rehearsal = rehearse(self, self._told, record, known)
@@ -215,7 +214,6 @@ class HopController(TuneController):
         self._set_trial_status(trial, Trial.RUNNING)
         self._live_trials.add(trial)
         self._mark_trial_to_checkpoint(trial)
-        self._told.started(trial)
         checkpoints = trial.run_metadata.checkpoint_manager
         latest, snapshot = checkpoints.latest_checkpoint_result, None
         if latest is not None and isinstance(latest.checkpoint, Snapshot):
@@ -224,7 +222,11 @@ class HopController(TuneController):
         try:
             self._riders.start(trial, snapshot)
         except ConfigurationError as error:  # of this trial's config
+            self._told.started(trial)
             self._trial_task_failure(trial, error)
+            return
+        self._told.started(trial)  # after it was, so that one row has this and where it starts from
+        self._riders.hear(trial)
 
     def _schedule_trial_train(self, trial: Trial) -> None:
         self._riders.go_on(trial)
@@ -260,13 +262,21 @@ class HopController(TuneController):
             self._riders.export_model(trial)
 
     def _cleanup_trials(self) -> None:
-        self._told.record = self._riders.record = None  # what is stopped here may go on another time
-        if self._record is not None:
-            failed = {trial.trial_id for trial in self._trials if trial.status == Trial.ERROR}
-            self._record.close(over=self.is_finished(), kept=failed)
+        failed = {trial.trial_id for trial in self._trials if trial.status == Trial.ERROR}
+        self._close_record(self.is_finished(), failed)
         for trial in list(self._running_trials):
             self._schedule_trial_stop(trial)
         self._riders.close()
+
+    def let_go(self) -> None:
+        """End the run, however Ray's loop was left: by a second Ctrl-C as it was."""
+        self._close_record(over=False)
+        self._riders.close()
+
+    def _close_record(self, over: bool, kept: Collection[str] = ()) -> None:
+        self._told.record = self._riders.record = None  # what is stopped from here on may go on another time
+        if self._record is not None:
+            self._record.close(over, kept)
 
     # What the trials tell.
 
@@ -362,13 +372,6 @@ def _has_state(storage: Any) -> bool:
     """Whether Ray has written the state of an experiment in this place."""
     found = _find_newest_experiment_checkpoint(storage.experiment_fs_path, fs=storage.storage_filesystem)
     return found is not None
-
-
-def _innermost(search_alg: Any) -> Any:
-    """The searcher within its wrappers, whose attributes are its state."""
-    while hasattr(search_alg, "searcher"):
-        search_alg = search_alg.searcher
-    return search_alg
 
 
 def _at_end(trial: Trial) -> bool:

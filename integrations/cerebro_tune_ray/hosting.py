@@ -6,14 +6,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import ray.tune.tune
+from pyarrow.fs import LocalFileSystem
 from ray.train._internal import session
+from ray.train._internal.storage import get_fs_and_path
 from ray.tune.execution.tune_controller import TuneController
 
 from cerebro_tune.seat import current
 from cerebro_tune_ray.controller import Board, HopController
+from cerebro_tune_ray.record import check_idle
 from cerebro_tune_ray.riders import Riders
 from cerebro_tune_ray.versions import check
 
@@ -35,6 +39,15 @@ class _Sessions:
         return getattr(current(), name)
 
 
+def check_folder(run_config: Any) -> None:
+    """RunBusyError where another driver has the experiment in its hands, into whose folder a new Tuner writes."""
+    if run_config is None or run_config.name is None:
+        return
+    filesystem, path = get_fs_and_path(run_config.storage_path, run_config.storage_filesystem)
+    if isinstance(filesystem, LocalFileSystem):
+        check_idle(Path(path, run_config.name))
+
+
 @contextmanager
 def hopping(board: Board) -> Iterator[None]:
     """Within, `ray.tune.run` on this thread runs its trials on this board."""
@@ -42,11 +55,12 @@ def hopping(board: Board) -> Iterator[None]:
     ray.tune.tune.TuneController = _make_controller
     if session._session is None:
         session._session = _Sessions()
-    riders: list[Riders] = []
+    controllers: list[HopController] = []
 
     def noted(controller: HopController) -> Riders:
-        riders.append(board(controller))
-        return riders[-1]
+        riders = board(controller)
+        controllers.append(controller)
+        return riders
 
     token = _board.set(noted)
     try:
@@ -55,5 +69,5 @@ def hopping(board: Board) -> Iterator[None]:
             yield
     finally:
         _board.reset(token)
-        for each in riders:  # a second Ctrl-C leaves Ray's loop as it is
-            each.close()
+        for each in controllers:  # a second Ctrl-C leaves Ray's loop as it is
+            each.let_go()

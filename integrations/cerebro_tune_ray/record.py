@@ -1,94 +1,95 @@
 """What a search has told its scheduler and searcher, and where its trials stand: for a driver that dies.
 
 Ray writes its experiment's state every few seconds, and none of a scheduler's. Beside it, in the experiment's folder,
-lies a SQLite file with a row for every call into the scheduler, with its answer, and one for each trial that says where
-its state lies. Both are there before the answer is carried out, in one transaction, so that what a scheduler has been
-told of a trial and the state that it goes on from always agree. A trial is noted as the text that Ray makes of it.
+lies a journal with a row for every call into the scheduler, with its answer, and with what says where the states of
+trials lie. The row is there before the answer is carried out, so that what a scheduler has been told of a trial and the
+state that it goes on from always agree. A trial is noted as the text that Ray makes of it.
+
+Kills: rows and states survive them as soon as they are written. Power: whenever Ray writes its own state, the disk is
+first made to hold the record and every state that it names, `secure`; these states are kept until the next time. Rows
+that came since may survive without their states, which their digests tell: then all goes back to where it was secured.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cerebro_tune.errors import ConfigurationError
+from cerebro_tune.buffers import Mapped
+from cerebro_tune.clock import CLOCK
+from cerebro_tune.errors import ConfigurationError, DamagedStateError
+from cerebro_tune.journal import MANIFEST, Journal, Keeper, Row, check_free
+from cerebro_tune.ledger import FullDisk, Ledger
+from cerebro_tune.recovery import understood
+from cerebro_tune.statefile import load_into, sync
+from cerebro_tune.warn import warn_user
+from cerebro_tune_ray.rows import BACK, SECURED, STOOD, Call, Past, Standing, file_name
+
+T = TypeVar("T")
 
 FOLDER = "cerebro"
-_FORMAT = 1
-_TABLES = """
-begin;
-create table about (key text primary key, value text);
-create table calls (number integer primary key, kind text, trial text, told text);
-create table states (number integer primary key, file text unique, standing text);
-commit;
-"""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call into the scheduler: add, result, complete, remove or error; or what it is not told: start or drop.
-
-    told: the result and the file of the state that it is of, the answer (`decision`), Ray's text of a trial, and the
-        state of the generators of random numbers before the call, where it drew from them.
-    """
-
-    number: int
-    kind: str
-    trial: str
-    told: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a trial was: its state's file, and what goes with it.
-
-    config: what the state was trained under; None where it is not plain data.
-    fit: which of a function's fits it is of, from 1.
-    """
-
-    trial: str
-    file: str
-    units: int
-    visited: list[int]
-    iteration: int
-    time_s: float
-    index: int
-    config: dict[str, Any] | None
-    fit: int = 0
+FORMAT = 1
+_ANEW = (
+    "begin a new experiment under another name; stock Ray goes on from this one's checkpoints (ray.tune.Tuner.restore)"
+)
+EXPERIMENT = Keeper(
+    "experiment",
+    elsewhere="give another name",
+    anew=_ANEW,
+    local="give a storage_path on a disk of this machine",
+)
 
 
 class Record:
-    """The SQLite file and the folder of states of one experiment; `about` is what must be equal when it is restored."""
+    """The journal and the folder of states of one experiment; `about` is what must be equal when it is restored.
 
-    def __init__(self, experiment: Path, about: Mapping[str, Any]) -> None:
+    With `anew` the record of an experiment of that name, which is over, is removed. RunBusyError while another driver
+    has the experiment in its hands, DamagedJournalError where the record is not as it was written, ConfigurationError
+    where it is of something else, of another format, or on a network file system.
+    """
+
+    def __init__(self, experiment: Path, about: Mapping[str, Any], anew: bool = False) -> None:
         self.folder = experiment / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "record.sqlite"
-        known = path.exists()
-        self._database = sqlite3.connect(path, isolation_level=None)
-        self._database.execute("pragma journal_mode = wal")
-        self._database.execute("pragma synchronous = normal")
-        wanted = {"format": _FORMAT, **about}
-        if not known:
-            self._database.executescript(_TABLES)
-            self._database.executemany(
-                "insert into about values (?, ?)", [(k, json.dumps(v)) for k, v in wanted.items()]
-            )
-        self._check(wanted)
+        self._over = False
+        journal = Journal(self.folder, keeper=EXPERIMENT, anew=anew)
+        self._disk = FullDisk(CLOCK, _say, lambda: self._over)
+        self._ledger = Ledger(journal, self._disk)
+        self._past = Past()
+        try:
+            if journal.rows:
+                with understood(journal.rows[0]):
+                    self._check(journal.rows[0], about)
+            else:
+                made_by = {package: version(package) for package in ("cerebro-tune", "ray")}
+                self._ledger.note(MANIFEST, format=FORMAT, about=dict(about), environment=made_by)
+            for row in journal.rows[1:]:
+                self._past.read(row)
+        except BaseException:
+            journal.close()
+            raise
+        self._clear_strays()
         self._due: list[Standing] = []
         self._gone: list[str] = []
         """States to let go of with the next note."""
-        self._names = count(1 + max(map(_number_of, self.folder.glob("*.safetensors")), default=0))
-        self.count = int(self._database.execute("select count(*) from calls").fetchone()[0])
-        """Calls noted."""
+        self._insecure = not journal.rows
+        """Whether something was noted since all was secured."""
+        self._names = count(self._past.last + 1)
 
-    def _check(self, wanted: Mapping[str, Any]) -> None:
-        found = {key: json.loads(value) for key, value in self._database.execute("select * from about")}
+    def _check(self, first: Row, wanted: Mapping[str, Any]) -> None:
+        manifest = first.body if first.kind == MANIFEST else {}
+        if manifest.get("format") != FORMAT:
+            raise ConfigurationError(
+                f"The record in {self.folder} has format {manifest.get('format')!r}, and this version of "
+                f"cerebro_tune_ray writes and reads {FORMAT}: go on with the one that began it "
+                f"({manifest.get('environment')})."
+            )
+        found = manifest["about"]
         # An executor that has no data yet, which a function's first fit brings, says nothing of shards.
         if changed := sorted(key for key in found.keys() & wanted.keys() if found[key] != wanted[key]):
             told = ", ".join(f"{key} was {found[key]!r} and is {wanted[key]!r}" for key in changed)
@@ -97,60 +98,133 @@ class Record:
                 "that it was begun with, or begin a new experiment."
             )
 
+    @property
+    def count(self) -> int:
+        """Calls noted."""
+        return self._past.count
+
+    def calls(self) -> list[Call]:
+        """All calls that were noted before this was opened, in order."""
+        return self._past.calls
+
+    def standings(self) -> dict[str, Standing]:
+        """The states that there are, by file, in the order in which they were noted."""
+        return dict(self._past.standings)
+
     def new_file(self, trial: str) -> Path:
         """Where the next state of a trial goes."""
-        return self.folder / f"{trial}-{next(self._names)}.safetensors"
+        return self.folder / file_name(trial, next(self._names))
+
+    def patiently(self, write: Callable[[], T]) -> T:
+        """Write a state; while the disk is full stand still."""
+        return self._disk.wait_out(write)
 
     def stand(self, standing: Standing) -> None:
         """Note where a trial is, together with the next call."""
         self._due.append(standing)
 
+    def forget(self, file: str) -> None:
+        """Let go of a state that nobody may go back to, with the next note."""
+        if file not in self._gone:
+            self._gone.append(file)
+
     def note(self, kind: str, trial: str, **told: Any) -> None:
         """Note a call, and with it where trials are."""
-        self.count += 1
-        self._write((self.count, kind, trial, json.dumps(told, default=_plain)))
+        self._write(kind, trial=trial, told=json.loads(json.dumps(told, default=_plain)))
+        self._past.count += 1
 
     def settle(self) -> None:
         """Note where trials are now, with no call."""
         if self._due:
-            self._write()
+            self._write(STOOD)
 
-    def _write(self, *calls: tuple[int, str, str, str]) -> None:
-        rows = [(each.file, json.dumps(vars(each))) for each in self._due]
-        gone, self._gone = self._gone, []
-        with self._database:
-            self._database.execute("begin")
-            self._database.executemany("insert into calls values (?, ?, ?, ?)", calls)
-            self._database.executemany("insert into states (file, standing) values (?, ?)", rows)
-            self._database.executemany("delete from states where file = ?", [(file,) for file in gone])
+    def _write(self, kind: str, **call: Any) -> None:
+        known = {*self._past.standings, *(each.file for each in self._due)}
+        gone = [file for file in self._gone if file in known]
+        self._ledger.note(kind, **call, stood=[vars(each) for each in self._due], gone=gone)
+        self._past.take(self._due, gone)
         self._due.clear()
-        for file in gone:
+        self._gone.clear()
+        self._insecure = True
+        self._remove(file for file in gone if file not in self._past.secured)
+
+    def secure(self) -> None:
+        """Return when the disk has all that was noted, and the states: what comes after may go back to here."""
+        if self._due or self._gone:
+            self._write(STOOD)
+        if not self._insecure:
+            return
+        before = self._past.secured.keys()
+        sync([self.folder / file for file in self._past.standings.keys() - before])
+        self._ledger.note(SECURED)
+        self._ledger.sync()
+        self._past.secure()
+        self._insecure = False
+        self._remove(before - self._past.secured.keys())
+
+    def mend(self) -> None:
+        """Go back to where all was secured last if a state is lost; DamagedStateError if one is that was there then."""
+        wrong = self._damage()
+        if not wrong:
+            self._insecure = True  # what the driver that died has noted may not be on disk yet
+            return
+        self._past.go_back()
+        if still := self._damage():
+            raise DamagedStateError(
+                f"The experiment in {self.folder.parent} cannot go on: {still}. Restore its folder from a copy, or "
+                f"{_ANEW}."
+            )
+        self._ledger.note(BACK)
+        self._insecure = True
+        self._clear_strays()
+        warn_user(
+            f"The experiment in {self.folder.parent} goes back to where it was when Ray wrote its state last, and what "
+            f"came after is done again: {wrong}."
+        )
+
+    def _damage(self) -> str:
+        """What is wrong with the first state that is not as it was noted, if there is one."""
+        for file, standing in self._past.standings.items():
+            try:
+                _, _, digest = load_into(self.folder / file, Mapped.private)
+            except (OSError, DamagedStateError) as error:
+                return f"a state of trial {standing.trial} is lost ({error})"
+            if digest != standing.digest:
+                return f"a state of trial {standing.trial} is lost ({file} is another one)"
+        return ""
+
+    def close(self, over: bool, kept: Collection[str] = ()) -> None:
+        """Let go of it; of an experiment that is over the only states still needed are those of trials `kept`.
+
+        May be called twice.
+        """
+        if self._over:
+            return
+        self._over = True
+        for file, standing in self._past.standings.items() if over else ():
+            if standing.trial not in kept:
+                self.forget(file)
+        with suppress(OSError):  # of a full disk: it is as if this process had died before
+            self.secure()
+        self._ledger.close()
+
+    def _clear_strays(self) -> None:
+        """Remove states that nothing goes back to: of writes that a death has cut short, or that were let go of."""
+        known = self._past.standings.keys() | self._past.secured.keys()
+        self._remove(path.name for path in self.folder.glob("*.safetensors*") if path.name not in known)
+
+    def _remove(self, files: Iterable[str]) -> None:
+        for file in files:
             (self.folder / file).unlink(missing_ok=True)
 
-    def forget(self, file: str) -> None:
-        """Let go of a state that nobody may go back to, with the next note: a transaction costs more than the rest."""
-        self._gone.append(file)
 
-    def calls(self) -> list[Call]:
-        """All calls, in order."""
-        rows = self._database.execute("select number, kind, trial, told from calls order by number")
-        return [Call(number, kind, trial, json.loads(told)) for number, kind, trial, told in rows]
-
-    def standings(self) -> dict[str, Standing]:
-        """The states that there are, by file, in the order in which they were noted."""
-        rows = self._database.execute("select file, standing from states order by number")
-        return {file: Standing(**json.loads(standing)) for file, standing in rows}
-
-    def close(self, over: bool, kept: Collection[str]) -> None:
-        """Let go of the file; of an experiment that is over the only states still needed are those of trials `kept`."""
-        self._gone += [file for file, standing in self.standings().items() if over and standing.trial not in kept]
-        self._write()
-        self._database.close()
+def check_idle(experiment: Path) -> None:
+    """RunBusyError while another driver has the experiment in its hands."""
+    check_free(experiment / FOLDER, EXPERIMENT)
 
 
-def _number_of(file: Path) -> int:
-    """The number in the name that `Record.new_file` has given."""
-    return int(file.stem.rpartition("-")[2])
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def _plain(value: Any) -> Any:

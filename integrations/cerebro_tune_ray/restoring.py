@@ -18,11 +18,15 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.utils import flatten_dict
 
-from cerebro_tune.errors import CerebroError, ConfigurationError
+from cerebro_tune.errors import CerebroError, ConfigurationError, DamagedJournalError
 from cerebro_tune.warn import warn_user
-from cerebro_tune_ray.record import Call, Record, Standing
+from cerebro_tune_ray.record import Record
 from cerebro_tune_ray.recorded import Recorded, set_generators
+from cerebro_tune_ray.rows import Call, Standing
 from cerebro_tune_ray.snapshot import Snapshot
+
+_MARK = "_cerebro_calls"
+"""An attribute of the searcher: how many calls had been noted when its state was written."""
 
 
 class Rehearsal:
@@ -176,6 +180,30 @@ def _unknown(controller: Any, calls: list[Call], known: Mapping[str, Trial]) -> 
     """Trials that Ray's state does not know, made again from their latest text."""
     texts = {call.trial: call.told["text"] for call in calls if "text" in call.told and call.trial not in known}
     return controller._restore_trials({"trial_data": list(texts.values())}) if texts else []
+
+
+def mark(search_alg: Any, calls: int) -> None:
+    """Have the searcher's state say that it goes up to this call."""
+    vars(_innermost(search_alg))[_MARK] = calls
+
+
+def marked(search_alg: Any, record: Record) -> int:
+    """Up to which call the searcher's state goes; DamagedJournalError where the record does not go that far."""
+    calls: int = getattr(_innermost(search_alg), _MARK, 0)
+    if calls > record.count:
+        raise DamagedJournalError(
+            f"The record in {record.folder} ends with call {record.count}, and Ray's state of the experiment was "
+            f"written after call {calls}: what the disk had is lost. Restore the experiment's folder from a copy, or "
+            "begin a new experiment."
+        )
+    return calls
+
+
+def _innermost(search_alg: Any) -> Any:
+    """The searcher within its wrappers, whose attributes are its state."""
+    while hasattr(search_alg, "searcher"):
+        search_alg = search_alg.searcher
+    return search_alg
 
 
 def tell_searcher(search_alg: Any, calls: list[Call], known: set[str]) -> None:

@@ -15,7 +15,7 @@ import ray.util
 from ray.tune.experiment import Trial
 
 from cerebro_tune.trainable import Config
-from cerebro_tune_ray.record import Standing
+from cerebro_tune_ray.rows import Standing
 
 Result = dict[str, Any]
 TIMES = ("unit_time_s", "hop_time_s", "validation_time_s")

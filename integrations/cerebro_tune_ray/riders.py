@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from cerebro_tune.policy import abreast
 from cerebro_tune.results import TrialResult
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision
-from cerebro_tune_ray.record import Record, Standing
+from cerebro_tune_ray.record import Record
 from cerebro_tune_ray.rider import TIMES, Controller, Result, Rider, filled
+from cerebro_tune_ray.rows import Standing
 from cerebro_tune_ray.snapshot import LetGo, Snapshot
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ class Riders:
         if snapshot is not None:
             rider.iteration, rider.time_s = snapshot.iteration, snapshot.time_s
         self._set_out(rider, snapshot)
+
+    def hear(self, trial: Trial) -> None:
+        """Hand Ray what a trial that was started has reported while Ray had it paused."""
+        rider = self._riders[trial.trial_id]
         if rider.waiting is not None:
             assert rider.hop is not None, "it has reported"
             hop, make, rider.waiting = rider.hop, rider.waiting, None
@@ -237,7 +243,7 @@ class Riders:
         config = dict(rider.trial.config)
         if snapshot is not None:
             self._replace(rider, self.run.clone(self._hop_of(snapshot, rider), self._given(rider, config), rider.index))
-            self._stand(rider, config)
+            self._stand(rider, snapshot.config or config)
         elif rider.back is not None:
             rider.config = rider.back.config or config
             self._replace(rider, self._bring_back(rider.back, self._given(rider, rider.config)))
@@ -269,19 +275,22 @@ class Riders:
     def _snapshot(self, rider: Rider, hop: str) -> Snapshot:
         if rider.file is not None:
             self._kept[rider.file] += 1
-        snapshot = Snapshot(rider.iteration, rider.time_s, rider.file, rider.fit)
+        snapshot = Snapshot(rider.iteration, rider.time_s, rider.file, rider.config, rider.fit)
         return snapshot.hold(self._keep(hop), self._let_go)
 
     def _stand(self, rider: Rider, config: Config) -> None:
-        """Write the trial's state where it outlives this process; it is noted with the next call to the scheduler."""
+        """Write the trial's state where it outlives this process; it is noted with the next call to the scheduler.
+
+        `config` is what it was trained under.
+        """
         if self.record is None or rider.hop is None or not self.run.units_left(rider.hop):
             return
         path, trial = self.record.new_file(rider.trial.trial_id), rider.trial.trial_id
         units, visited = self.run.progress(rider.hop)
-        self.run.save(rider.hop, path)
+        digest = self.record.patiently(partial(self.run.save, rider.hop, path))
         assert rider.index is not None, "it runs"
         place = units, visited, rider.iteration, rider.time_s, rider.index
-        self.record.stand(Standing(trial, path.name, *place, plain_config(config), rider.fit))
+        self.record.stand(Standing(trial, path.name, digest, *place, plain_config(config), rider.fit))
         if rider.file is not None:
             self._spend(rider.file)
         rider.file = path.name
@@ -300,8 +309,11 @@ class Riders:
         self._spent.append(file)
 
     def _settle_record(self) -> None:
-        """What is to be noted is noted: files that came before are needed no more."""
-        if self.record is None:
+        """What is to be noted is noted: files that came before are needed no more.
+
+        Not while a report is decided: where its trial stands is noted with the call that tells the scheduler of it.
+        """
+        if self.record is None or self._deciding is not None:
             return
         self.record.settle()
         inuse = {rider.file for rider in self._riders.values()}
@@ -341,10 +353,11 @@ class Riders:
             result = make()
             self._stand(rider, rider.config)
             self._controller.reported(rider.trial, result)
-            self._settle_record()
-            return self._answer
+            answer = self._answer
         finally:
             self._deciding, self._answer = before
+        self._settle_record()
+        return answer
 
     def _result(self, rider: Rider, report: Mapping[str, Any]) -> Result:
         """A report with all that Ray's trainables fill in."""

@@ -10,7 +10,8 @@ from pyarrow.fs import LocalFileSystem
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
 
-from cerebro_tune_ray.record import Standing
+from cerebro_tune.trainable import Config
+from cerebro_tune_ray.rows import Standing
 
 LetGo = deque[tuple[str | None, str | None]]
 """Trials of the run, and files of states, that snapshots have held."""
@@ -27,14 +28,18 @@ class Snapshot(Checkpoint):
     standing: Standing | None = None
     _watch: weakref.finalize[Any, Any] | None = None
 
-    def __init__(self, iteration: int, time_s: float, file: str | None, fit: int = 0) -> None:
+    def __init__(
+        self, iteration: int, time_s: float, file: str | None, config: Config | None = None, fit: int = 0
+    ) -> None:
         super().__init__("snapshot", LocalFileSystem())
         self.iteration, self.time_s, self._file, self.fit = iteration, time_s, file, fit
+        self.config = config
+        """What the state was trained under; None where that is not known."""
 
     @classmethod
     def of(cls, standing: Standing) -> Snapshot:
         """Where a trial stood in a run that is over."""
-        snapshot = cls(standing.iteration, standing.time_s, standing.file, standing.fit)
+        snapshot = cls(standing.iteration, standing.time_s, standing.file, standing.config, standing.fit)
         snapshot.standing = standing
         return snapshot
 

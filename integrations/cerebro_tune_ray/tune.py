@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray.tune as _ray_tune
 
 from cerebro_tune_ray.boarding import boarded, check_executor
+from cerebro_tune_ray.hosting import check_folder
 
 if TYPE_CHECKING:
     from ray.tune import ExperimentAnalysis, ResultGrid
@@ -45,6 +46,7 @@ class Tuner(_ray_tune.Tuner):
             check_executor(executor)
             self._found = boarded(trainable)
             trainable = self._found.stand_in
+            check_folder(kwargs.get("run_config"))
         super().__init__(trainable, **kwargs)
 
     @classmethod

@@ -46,6 +46,7 @@ _USED: dict[str, tuple[str, ...]] = {
     "train._internal.session._session": (),
     "train._internal.storage.StorageContext._update_checkpoint_index": ("metrics",),
     "train._internal.storage.StorageContext.persist_current_checkpoint": ("checkpoint",),
+    "train._internal.storage.get_fs_and_path": ("storage_path", "storage_filesystem"),
     "tune.execution.experiment_state._find_newest_experiment_checkpoint": ("experiment_path", "fs"),
     "tune.experiment.Trial.generate_id": (),
     "tune.experiment.Trial.get_json_state": (),

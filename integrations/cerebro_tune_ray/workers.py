@@ -80,6 +80,8 @@ class _Seat:
     recipe: bytes = b""
     brought: dict[str, bytes] = field(default_factory=dict)
     """The recipes of trials that bring their own."""
+    leaving: bool = False
+    """Whether nobody is to wait for room on the disk for it."""
     exporting: Lock = field(default_factory=Lock)
     empty: bool = False
     """Whether another has taken its place, or none: what is still said here is nobody's any more."""
@@ -203,6 +205,7 @@ class RayWorkers(Workers):
 
     def _unseat(self, seat: _Seat) -> None:
         """End a worker, busy or not."""
+        seat.leaving = True
         with seat.exporting:  # what it writes is whole, or not begun
             seat.empty = True
         if ray.is_initialized():
@@ -286,13 +289,13 @@ class RayWorkers(Workers):
                 mine = Mapped.private(len(array))  # the array is read only, which tensors may not be
                 np.frombuffer(mine.memory, np.uint8)[:] = array
                 recipe: Recipe = cloudpickle.loads(seat.brought.get(finished.unit.trial, seat.recipe))
-                exported = recipe.keep(state.read(mine), path, partial(self._stand_still, seat))
+                exported = recipe.keep(state.read(mine), path, partial(self._stand_still, seat), task.export.durable)
             except Exception as error:  # noqa: BLE001  # as it would be in the unit
                 return Raised(finished.worker, finished.job, finished.unit, traceback.format_exc(), kinds_of(error))
         return replace(finished, best_written=best, exported=exported)
 
     def _stand_still(self, seat: _Seat, error: OSError) -> None:
-        if seat.empty:
+        if seat.leaving:
             raise error
         self._tell(seat, Waiting(seat.worker, told(error)))
         sleep(1.0)
