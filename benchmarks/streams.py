@@ -35,7 +35,7 @@ import torch
 from _report import Report
 from _streams import EPOCHS, RESULT, TRIALS, half_time, idle_share, make_trials, simulated, task_parallel
 from cerebro_tune import Cerebro, ShardedDataset
-from cerebro_tune.simulate import log_uniform_costs
+from cerebro_tune.simulate import Outcome, log_uniform_costs
 from cerebro_tune.trainable import Config, Plan, Recipe, Trainable, UnitWork
 from cerebro_tune_optuna import optimize
 
@@ -62,8 +62,21 @@ def simulate_all(report: Report) -> None:
                 filled = [outcome.result(TRIALS - live) for outcome in outcomes]  # its place is the last one's
                 to_last = [idle_share(busy, workers, until) for busy, until in zip(spans, filled, strict=True)]
                 add_idle(report, case, to_last, [outcome.idle_share for outcome in outcomes])
+                least = [100 * least_idle(one, until) for one, until in zip(outcomes, filled, strict=True)]
+                report.add(
+                    f"{case}: idle whole run, the least from then on", fmean(least), None, "%", row=9, runs=least
+                )
             walls = [outcome.makespan / task_parallel(outcome)[-1] for outcome in outcomes]
             add_times(report, case, walls, [half_time(outcome) for outcome in outcomes])
+
+
+def least_idle(outcome: Outcome, admitted: float) -> float:
+    """The share that no schedule could do without, once the last trial is in: the longest rest of a trial sets it."""
+    rests = dict.fromkeys(outcome.ends, 0.0)
+    for span in outcome.spans:
+        rests[span.unit.trial] += max(0.0, span.end - max(span.start, admitted))
+    share = outcome.work / outcome.workers
+    return 1 - share / max(share, admitted + max(rests.values()))
 
 
 def add_idle(report: Report, case: str, to_last: Sequence[float], whole: Sequence[float]) -> None:
