@@ -14,12 +14,12 @@ from statistics import fmean, median
 from time import perf_counter
 
 from _report import Report
-from cerebro_tune.bounds import task_parallel_ends
+from _streams import RESULT, half_time, make_trials, simulated
 from cerebro_tune.events import SearchEnded, TrialAdded, TrialDecided, UnitFinished, WorkerJoined
 from cerebro_tune.hopper import Hopper
 from cerebro_tune.instructions import StartJob
 from cerebro_tune.simulate import Outcome, holdings, log_uniform_costs, noisy, simulate
-from cerebro_tune.units import Decision, Shard, Trial, WorkerId
+from cerebro_tune.units import Decision, Shard, WorkerId
 
 SEEDS = range(20)
 # (trials, workers = shards, equal costs, bar)
@@ -31,11 +31,7 @@ ALL_LIVE = [
     (20, 8, False, 1.01),
     (12, 8, False, 1.09),
 ]
-STREAM_TRIALS, STREAM_EPOCHS, STREAM_WORKERS, STREAM_LIVE = 32, 10, 8, 16
-
-
-def make_trials(count: int, epochs: int) -> list[Trial]:
-    return [Trial(f"t{index}", index, epochs) for index in range(count)]
+STREAM_WORKERS, STREAM_LIVE = 8, 16
 
 
 def hop_share(outcomes: list[Outcome]) -> float:
@@ -58,39 +54,15 @@ def all_live(report: Report, count: int, workers: int, equal: bool, bar: float) 
 
 
 def stream(report: Report, placement: str, makespan_bar: float, moves_bar: float | None) -> None:
-    trials = make_trials(STREAM_TRIALS, STREAM_EPOCHS)
-
-    def run(seed: int, policy: str) -> Outcome:
-        cost = noisy(log_uniform_costs(trials, seed), seed)
-        return simulate(
-            trials,
-            cost,
-            shards=STREAM_WORKERS,
-            workers=STREAM_WORKERS,
-            placement=placement,
-            policy=policy,
-            live_trials=STREAM_LIVE,
-            ahead=STREAM_LIVE,
-            seed=seed,
-        )
-
     for policy in ("auto", "random"):
         judged = policy == "auto"
-        outcomes = [run(seed, policy) for seed in SEEDS]
+        outcomes = [simulated(seed, STREAM_WORKERS, STREAM_LIVE, placement, policy) for seed in SEEDS]
         case = f"stream, {placement}, {policy}"
         ideal = fmean(outcome.makespan * STREAM_WORKERS / outcome.work for outcome in outcomes)
         report.add(f"{case}: makespan / (work / workers)", ideal, makespan_bar if judged else None)
-        report.add(f"{case}: 16th result / task-parallel's", fmean(map(half_time, outcomes)), 1.1 if judged else None)
+        half = fmean(map(half_time, outcomes))
+        report.add(f"{case}: {RESULT}th result / task-parallel's", half, 1.1 if judged else None)
         report.add(f"{case}: units that hop", 100 * hop_share(outcomes), moves_bar if judged else None, "%")
-
-
-def half_time(outcome: Outcome) -> float:
-    """When half of the trials have ended, over when task parallelism has ended as many, for the same durations."""
-    durations: dict[str, float] = dict.fromkeys((f"t{index}" for index in range(STREAM_TRIALS)), 0.0)
-    for span in outcome.spans:
-        durations[span.unit.trial] += span.end - span.start
-    ends = task_parallel_ends(list(durations.values()), outcome.workers)
-    return outcome.result(STREAM_TRIALS // 2) / ends[STREAM_TRIALS // 2 - 1]
 
 
 def decision_times(trials: int, shards: int, workers: int, placement: str, decisions: int = 2_000) -> list[float]:

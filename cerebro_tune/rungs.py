@@ -17,7 +17,7 @@ class Rungs:
     among those that have come.
     """
 
-    def __init__(self, first: int, factor: int, mode: str) -> None:
+    def __init__(self, first: float, factor: int, mode: str) -> None:
         self._first, self._factor, self._sign = first, factor, 1.0 if mode == "min" else -1.0
         self._values: list[dict[str, float]] = []
         """By rung: of each trial that has come, in order."""
@@ -27,7 +27,7 @@ class Rungs:
 
     def is_due(self, trial: str, step: int) -> bool:
         """Whether the trial has come to its next rung."""
-        level: int = self._first * self._factor ** self._height.get(trial, 0)
+        level: float = self._first * self._factor ** self._height.get(trial, 0)
         return step >= level
 
     def record(self, trial: str, value: float) -> None:
