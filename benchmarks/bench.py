@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -106,9 +107,9 @@ def run_script(name: str, **variables: str) -> dict[str, Any]:
 
 
 def _last_line(text: str) -> str:
-    """What a traceback ends with, without paths of this machine."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].replace(str(HERE.parent), "").strip()[:200] if lines else ""
+    """What a traceback ends with, without the folders of this machine."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"/\S*/", "", lines[-1])[:200] if lines else ""
 
 
 def machine() -> dict[str, Any]:

@@ -144,7 +144,8 @@ def measure_units(report: Report, side: int, num_workers: int) -> None:
     """Time the units of an epoch through kept processes beside an epoch of one DataLoader, in turn."""
     source = Pictures(UNITS * UNIT_ROWS, side)
     row_ms = 1000 * seconds(source[row] for row in range(500)) / 500
-    name = f"images at {row_ms:.2f} ms, {num_workers} loader process" + "es" * (num_workers > 1)
+    name = f"{side}x{side} PNG, {num_workers} loader process" + "es" * (num_workers > 1)
+    report.add(f"{name}: decoding and augmenting one", row_ms, unit="ms", row=14)
     data = ShardedDataset.index(source, UNITS)
     feed = Feed(RunData(data, loading({"num_workers": num_workers}, data)), 0, "cpu")
     feed.start()

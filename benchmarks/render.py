@@ -95,7 +95,7 @@ def _head(results: dict[str, Any]) -> Iterator[str]:
         f"{machine['python']}, {packages}; one thread per worker, {results['seconds'] / 60:.0f} minutes in all. "
         "Contenders take turns in one run, and a ratio is of what that run has measured; a figure is the median of its "
         "runs, whose least and greatest stand beside it. A bar is what the design has promised; it stands where it was "
-        "before the measurement.\n"
+        "before the measurement. Fashion-MNIST is that of the Debian package `dataset-fashion-mnist`.\n"
     )
     yield from (f"![{name}](plots/{name}.svg)\n" for name in _plotted(results))
 

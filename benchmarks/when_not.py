@@ -33,12 +33,12 @@ from _turns import Contender, Opened
 
 ROUNDS = sized(1, 5, 9)
 ROWS = sized(4_096, 16_384)
-EPOCHS = sized(1, 4)
+EPOCHS = sized(1, 3)
 UNITS_MS = (5, 20, 50)
 SHARES = (1, 5, 20)
 STATE_UNIT_MS = 100
 CALIBRATION_MB = 50
-SIDE_S = sized(0.5, 3.0)
+SIDE_S = sized(0.5, 2.0)
 """What either side is to take at least where units are short."""
 BAR = 1.05
 

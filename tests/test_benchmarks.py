@@ -20,6 +20,8 @@ from _report import ROWS_FILE, Report  # noqa: E402
 
 MARGIN = 2.0
 """How much worse a ratio may be on a machine that others use as well."""
+ATTEMPTS = 3
+"""What is worse in each of them is so for another reason than that others had the machine just then."""
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +52,25 @@ def test_results_name_no_machine(last: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("script", ["loader", "scheduling"])
 def test_a_reduced_run_has_the_ratios_that_the_last_one_had(script: str, last: dict[str, Any], tmp_path: Path) -> None:
-    rows = tmp_path / "rows.json"
+    worse: dict[str, list[compare.Change]] = {}
+    for _ in range(ATTEMPTS):
+        found = compare.changes(compare.rows_of(last), reduced(script, tmp_path / "rows.json"))
+        changed = {change.measure: change for change in found}
+        assert len(changed) >= 5, "the names of the measures are those of the last results"
+        late = {name for name, change in changed.items() if change.worse > MARGIN}
+        worse = {name: [*worse.get(name, []), changed[name]] for name in (late & worse.keys() if worse else late)}
+        if not worse:
+            return
+    pytest.fail(f"Worse by more than {MARGIN} x, {ATTEMPTS} times out of {ATTEMPTS}: {worse}")
+
+
+def reduced(script: str, rows: Path) -> list[dict[str, Any]]:
+    """The rows of a benchmark that does little."""
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py")]
     environment = os.environ | {"SMALL": "1", "OMP_NUM_THREADS": "1", ROWS_FILE: str(rows)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert rows.exists(), done.stderr
-    found = list(compare.changes(compare.rows_of(last), json.loads(rows.read_text())))
-    assert len(found) >= 5, "the names of the measures are those of the last results"
-    assert [change for change in found if change.worse > MARGIN] == []
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=75, check=False)
+    found: list[dict[str, Any]] = json.loads(rows.read_text())
+    return found
 
 
 def test_a_report_says_what_missed_and_what_was_not_run(
