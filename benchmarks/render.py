@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,12 @@ def last() -> Path:
     return max((HERE / "results").glob("????-??-??.json"))
 
 
-def reasons() -> dict[str, str]:
-    """What `misses.md` says, by measure."""
-    found = re.findall(r"^## (.+?)\n+(.+?)\s*(?=^## |\Z)", MISSES.read_text(), re.M | re.S)
-    return {measure: " ".join(text.split()) for measure, text in found}
-
-
-def unexplained(results: dict[str, Any]) -> list[str]:
-    """The measures that miss their bar for no reason given."""
-    known = reasons()
-    return [row["measure"] for row in rows_of(results) if row.get("met") is False and row["measure"] not in known]
+def reasons(results: dict[str, Any]) -> dict[str, str]:
+    """Why a bar is missed, by measure: what `misses.md` says under the first heading that fits, or nothing."""
+    known = re.findall(r"^## (.+?)\n+(.+?)\s*(?=^## |\Z)", MISSES.read_text(), re.M | re.S)
+    missed = [row["measure"] for row in rows_of(results) if row.get("met") is False]
+    fitting = {one: [text for heading, text in known if fnmatchcase(one, heading)] for one in missed}
+    return {measure: " ".join(" ".join(texts[:1]).split()) for measure, texts in fitting.items()}
 
 
 # The page of the benchmarks.
@@ -107,7 +104,7 @@ def _caution(results: dict[str, Any]) -> str:
 
 
 def _tables(results: dict[str, Any]) -> Iterator[str]:
-    rows, known = rows_of(results), reasons()
+    rows, why = rows_of(results), reasons(results)
     for key, title in TITLES.items():
         here = [row for row in rows if row["row"] == key]
         if not here:
@@ -119,10 +116,9 @@ def _tables(results: dict[str, Any]) -> Iterator[str]:
             told = {"OK": "met", "MISS": "**missed**"}.get(verdict, verdict)
             yield f"| {measure} | {figure} | {_spread(row)} | {bar} | {told} |"
         yield ""
-        for row in here:
-            if row.get("met") is False:
-                yield f"- *{row['measure']}* misses its bar: {known.get(row['measure'], 'no reason is given yet.')}"
-        yield ""
+        if missed := [row["measure"] for row in here if row["measure"] in why]:
+            yield from (f"- *{measure}* misses its bar: {why[measure] or 'no reason is given.'}" for measure in missed)
+            yield ""
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -230,7 +226,7 @@ def write(path: Path) -> list[str]:
     PAGE.write_text(page(results))
     README.write_text(with_section(README.read_text(), section(results)))
     draw(results)
-    return unexplained(results)
+    return [measure for measure, why in reasons(results).items() if not why]
 
 
 if __name__ == "__main__":
