@@ -1,4 +1,4 @@
-"""A script such as a user has, whose first unit writes when it began: (folder, "torch" or "lightning")."""
+"""A script such as a user has, whose first batch writes when it is there: (folder, "torch" or "lightning")."""
 
 import sys
 import time
@@ -20,11 +20,11 @@ if KIND == "torch":
 
     class Net(TorchTrainable):
         def build(self, config, plan):
-            begun()
             model = torch.nn.Linear(8, 2)
             return model, torch.optim.SGD(model.parameters(), lr=config["lr"])
 
         def training_step(self, model, batch):
+            begun()
             return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 else:
@@ -33,10 +33,10 @@ else:
     class Net(pl.LightningModule):
         def __init__(self, lr):
             super().__init__()
-            begun()
             self.lr, self.net = lr, torch.nn.Linear(8, 2)
 
         def training_step(self, batch, batch_idx):
+            begun()
             return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
         def configure_optimizers(self):

@@ -5,7 +5,7 @@ per config over batches gathered by index, one after another in a process that h
 data; ours is `Cerebro.fit` on two workers. Both validate the 10,000 images once an epoch, and each process has one
 thread. The figure is plain's time / (2 x our wall clock).
 
-Start-up excluded: the workers have trained before. Included: from `Cerebro(...)` to the end of `fit`. Default
+Start-up excluded: the workers have trained before. Included: from `Cerebro(...)` until it is closed again. Default
 validation: also on a subset after each unit, with plain still validating once an epoch.
 
 The CNN has two strided convolutions: one with 16 and 32 channels takes about 60 microseconds per image here, so that
