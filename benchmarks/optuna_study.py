@@ -72,7 +72,7 @@ def executor(folder: str, live: int, report_every: str) -> Cerebro:
     return Cerebro(
         f"{folder}/train", f"{folder}/validation", epochs=stock.EPOCHS, batch_size=stock.BATCH, workers=stock.WORKERS,
         devices="cpu", live_trials=live, report_every=report_every, keep="none", run_dir=f"{folder}/runs",
-        progress=False,
+        resume="never", progress=False,
     )  # fmt: skip
 
 
