@@ -70,5 +70,5 @@ def line_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def number(value: float) -> str:
-    """Four digits are more than any of them deserves."""
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    """Three digits are more than most of them deserve."""
+    return f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"

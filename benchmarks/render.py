@@ -122,7 +122,7 @@ def _tables(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _spread(row: dict[str, Any]) -> str:
-    return f"{number(row['min'])} to {number(row['max'])}, {row['runs']} runs" if "min" in row else ""
+    return f"{number(row['min'])} to {number(row['max'])}, {row['runs']} runs" if row.get("runs", 0) > 1 else ""
 
 
 def _scripts(results: dict[str, Any]) -> Iterator[str]:
