@@ -19,14 +19,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Less than an hour: FULL=1 takes more seeds and runs, SMALL=1 only finds out whether all of them work.
 bench: $(READY)
-	$(BIN)/python benchmarks/scheduling.py
-	$(BIN)/python benchmarks/loader.py
-	$(BIN)/python benchmarks/hops.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/lightning_overhead.py
-	$(BIN)/python benchmarks/ray_tune.py
-	$(BIN)/python benchmarks/optuna_study.py
+	$(BIN)/python benchmarks/bench.py
 
 # The property tests and the fault tests again, with far more examples; the latter for so many seconds: make soak SECONDS=600
 SECONDS ?= 600

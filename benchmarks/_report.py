@@ -1,8 +1,15 @@
-"""A plain table of what a benchmark measured and what it must reach."""
+"""A plain table of what a benchmark measured and what it must reach, and its rows as JSON for who collects them."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROWS_FILE = "BENCH_ROWS"
+"""The environment variable that names the file for the rows."""
 
 
 class Report:
@@ -10,7 +17,7 @@ class Report:
 
     def __init__(self, title: str = "") -> None:
         self._title = title
-        self._rows: list[tuple[str, str, str, str]] = []
+        self._rows: list[dict[str, Any]] = []
 
     def add(
         self,
@@ -19,32 +26,49 @@ class Report:
         bar: float | None = None,
         unit: str = "x",
         at_most: bool = True,
-        row: int | None = None,
-        runs: Sequence[float] | None = None,
+        *,
+        row: int | str | None = None,
+        runs: Sequence[float] = (),
     ) -> None:
-        """One row; `bar` None for a figure that is stated and not judged, `at_most` False for a floor.
+        """One row; `bar` None for a figure that is stated and not judged, `at_most` False where more is better.
 
-        `row` is its number in the table of bars, `runs` are the single figures behind a median or mean.
+        `row` says what it belongs to: the number of a bar in `render.TITLES`. `runs` are the figures of single runs.
         """
-        limit, verdict = "", ""
-        if bar is not None:
-            limit = f"{'<=' if at_most else '>='} {_number(bar)} {unit}"
-            verdict = "OK" if (figure <= bar if at_most else figure >= bar) else "MISS"
-        number = "" if row is None else f"{row}. "
-        spread = "" if runs is None else f", {len(runs)} runs: {_number(min(runs))} to {_number(max(runs))}"
-        self._rows.append((f"{number}{measure}{spread}", f"{_number(figure)} {unit}", limit, verdict))
+        spread = {"min": min(runs), "max": max(runs), "runs": len(runs)} if runs else {}
+        met = None if bar is None else bool(figure <= bar if at_most else figure >= bar)
+        self._rows.append(
+            {"row": row, "measure": measure, "figure": float(figure), "unit": unit, "bar": bar, "at_most": at_most}
+            | {"met": met}
+            | spread
+        )
+
+    def not_run(self, measure: str, why: str, *, row: int | str | None = None) -> None:
+        """A row that could not be measured here, and what it lacks."""
+        self._rows.append({"row": row, "measure": measure, "not_run": why})
 
     def finish(self) -> int:
-        """Print the table; the exit code is 1 when a bar was missed."""
-        rows = [("measure", "figure", "bar", ""), *self._rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        """Print the table, and write the rows where they are asked for; the exit code is 1 when a bar was missed."""
+        lines = [("measure", "figure", "bar", ""), *map(line_of, self._rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
         if self._title:
             print(self._title)
-        for measure, figure, bar, verdict in rows:
-            line = f"{measure:<{widths[0]}}  {figure:>{widths[1]}}  {bar:>{widths[2]}}  {verdict}"
-            print(line.rstrip())
-        return int(any(row[3] == "MISS" for row in self._rows))
+        for measure, figure, bar, verdict in lines:
+            print(f"{measure:<{widths[0]}}  {figure:>{widths[1]}}  {bar:>{widths[2]}}  {verdict}".rstrip())
+        if path := os.environ.get(ROWS_FILE):
+            Path(path).write_text(json.dumps(self._rows))
+        return int(any(row.get("met") is False for row in self._rows))
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+def line_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """A row as text: measure, figure, bar, verdict."""
+    if "not_run" in row:
+        return row["measure"], "not run", "", row["not_run"]
+    unit, limit = row["unit"], row["bar"]
+    bar = "" if limit is None else f"{'<=' if row['at_most'] else '>='} {number(limit)} {unit}".rstrip()
+    verdict = {None: "", True: "OK", False: "MISS"}[row["met"]]
+    return row["measure"], f"{number(row['figure'])} {unit}".rstrip(), bar, verdict
+
+
+def number(value: float) -> str:
+    """Three digits are more than most of them deserve."""
+    return f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
@@ -73,6 +73,13 @@ class Contender:
     def __exit__(self, *_: object) -> None:
         self._pipe.close()
         self._process.join()
+
+
+@contextmanager
+def started(opened: dict[str, Opened]) -> Iterator[dict[str, Contender]]:
+    """All contenders, ready for their turns."""
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(Contender(each)) for name, each in opened.items()}
 
 
 def _serve(opened: Opened, pipe: Connection) -> None:

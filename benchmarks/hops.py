@@ -1,8 +1,9 @@
 """A hop in steady state: from the predecessor's last optimizer step to the successor's first forward elsewhere.
 
 Two worker processes train one model in turns; a coordinator commits each unit and sends the next one to the other
-worker. In between lie: writing the state (what is not in place already), its digest, the commit, two messages, the
-copy, and adopting the tensors. The bar is 0.5 ms + 2.5 x one memcpy of as many bytes, measured between the hops.
+worker, or to the same one. In between lie: writing the state (what is not in place already), its digest, the commit,
+two messages, the copy, and adopting the tensors. The bar is 0.5 ms + 1.6 x one memcpy of as many bytes, measured
+between the hops, and 0.5 ms + 1.3 x for the same worker.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from typing import Any
 import torch
 
 from _report import Report
+from _sizes import sized
 from cerebro_tune import state
 from cerebro_tune.adopt import adopt_optimizer
 from cerebro_tune.buffers import BufferCache, BufferRef, copy
 from cerebro_tune.store import StateStore
 
-SIZES = {1: 300, 10: 150, 100: 40, 400: 14}  # MB of state: hops measured
+SIZES = sized({1: 40, 10: 30}, {1: 300, 10: 150, 100: 40, 400: 14})  # MB of state: hops measured
+# what is measured -> (worker processes that take turns, bar in memcpys beyond 0.5 ms)
+WAYS = {"hop": (2, 1.6), "the same worker": (1, 1.3)}
 WARMUP = 6  # hops until every buffer is mapped everywhere
 LAYERS = 4
 
@@ -126,16 +130,16 @@ class Bench:
             pipe.send(self.store.grow("trial", answer[1]))
         return answer[1]
 
-    def hops(self, count: int) -> tuple[list[float], list[float]]:
-        """Seconds of each hop, and of a memcpy of the same size that was made before it."""
+    def hops(self, count: int, workers: int) -> tuple[list[float], list[float]]:
+        """Seconds of each hop among so many workers, and of a memcpy of the same size that was made before it."""
         hops, copies, stepped_before = [], [], 0.0
         for index in range(WARMUP + count):
-            worker = index % 2
+            worker = index % workers
             if index >= WARMUP:
                 _, used, _ = self.store.buffers("trial")
                 source, target = self.store.grow("scratch-a", used), self.store.grow("scratch-b", used)
                 copies.append(self.call(worker, "memcpy", source, target, used))
-                stepped_before = self.one(1 - worker)[1]
+                stepped_before = self.one((worker + 1) % workers)[1]
             forward_at, stepped_at = self.one(worker)
             hops.append(forward_at - stepped_before)
             stepped_before = stepped_at
@@ -167,14 +171,16 @@ def main() -> int:
     for megabytes, count in SIZES.items():
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
             bench = Bench(megabytes, Path(folder))
-            hops, copies = bench.hops(count)
+            measured = {way: bench.hops(count, workers) for way, (workers, _) in WAYS.items()}
             through_torch = bench.torch_hops(4, Path(folder))
             bench.close()
-        hop, memcpy = (statistics.median(times) * 1e3 for times in (hops, copies))
-        report.add(f"{megabytes} MB: hop", hop, 0.5 + 2.5 * memcpy, unit="ms")
-        report.add(f"{megabytes} MB: the same, in memcpys beyond 0.5 ms", (hop - 0.5) / memcpy, 2.5)
-        report.add(f"{megabytes} MB: one memcpy", memcpy, unit="ms")
-        report.add(f"{megabytes} MB: torch.save and load", statistics.median(through_torch) * 1e3, unit="ms")
+        for way, (_, bar) in WAYS.items():
+            hop, memcpy = (statistics.median(times) * 1e3 for times in measured[way])
+            report.add(f"{megabytes} MB: {way}", hop, 0.5 + bar * memcpy, unit="ms", row=8)
+            report.add(f"{megabytes} MB: {way}, in memcpys beyond 0.5 ms", (hop - 0.5) / memcpy, bar, row=8)
+        copies = [seconds for _, each in measured.values() for seconds in each]
+        report.add(f"{megabytes} MB: one memcpy", statistics.median(copies) * 1e3, unit="ms", row=8)
+        report.add(f"{megabytes} MB: torch.save and load", statistics.median(through_torch) * 1e3, unit="ms", row=8)
     return report.finish()
 
 

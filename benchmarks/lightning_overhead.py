@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from _report import Report
+from _sizes import sized
 from cerebro_tune import Cerebro, Decision, ShardedDataset, TrialResult, VisitLoader
 from cerebro_tune.arguments import cores
 from cerebro_tune.data import BatchForm
@@ -33,7 +34,7 @@ from cerebro_tune_lightning import LightningTrainable, ReseedCallback
 
 SHARDS, EPOCHS, BATCH, BATCHES = 8, 5, 32, 10
 WARM_UP = 3  # units in which the workers build the module, and the plain fit its loops
-RUNS = 7
+RUNS = sized(2, 7, 15)
 
 
 class Net(pl.LightningModule):
@@ -143,12 +144,14 @@ def main() -> int:
                 straight.append(unit_ms(plain(train, validation, result)))
     pairs = list(zip(hopped, straight, strict=True))[1:]
     report = Report(f"A unit of {BATCHES} batches and {len(InOrder(validation))} of validation, 4 MB of state:")
-    report.add("by hops", statistics.median(statistics.median(one) for one, _ in pairs), None, "ms")
-    report.add("in one long fit", statistics.median(statistics.median(other) for _, other in pairs), None, "ms")
+    for name, runs in zip(("a unit by hops", "the same in one long fit"), zip(*pairs, strict=True), strict=True):
+        medians = [statistics.median(run) for run in runs]
+        report.add(name, statistics.median(medians), None, "ms", row=6, runs=medians)
     beyond = [statistics.median(one) - statistics.median(other) for one, other in pairs]
-    report.add("what hopping adds to a unit", statistics.median(beyond), 10, "ms")
+    report.add("what hopping adds to a unit", statistics.median(beyond), 5, "ms", row=6, runs=beyond)
     means = [statistics.mean(one) - statistics.mean(other) for one, other in pairs]
-    report.add("the same, mean with epochs' ends and checkpoints", statistics.median(means), None, "ms")
+    name = "the same, mean with epochs' ends and checkpoints"
+    report.add(name, statistics.median(means), None, "ms", row=6, runs=means)
     return report.finish()
 
 

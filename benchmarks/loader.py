@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from _report import Report
+from _sizes import sized
 from cerebro_tune.data import BatchForm, ShardedDataset, batch_sizes, shard_order
 from cerebro_tune.feed import Feed, RunData
 from cerebro_tune.loading import loading
 
 ROWS = 24_000
-ROUNDS = 15
-BAR = 0.8
+ROUNDS = sized(5, 15, 45)
+SLOW_EVERY = 3  # rounds: a pass of a DataLoader over single rows takes ten times as long
+BY_BATCH = "whole batches"
 
 UNITS, UNIT_ROWS, UNIT_BATCH = 4, 35 * 32, 32
-EPOCHS = 5
+EPOCHS = sized(1, 5)
 UNIT_BAR = 0.9
 
 Batches = Callable[[], Iterable[object]]
@@ -46,40 +49,61 @@ def main() -> int:
             shards = ShardedDataset.write(table, Path(folder, name), num_shards=1)
             for batch_size in (32, 128):
                 measure(report, shards, batch_size, f"{name}, batch {batch_size}")
-    for side in (72, 108):
-        for num_workers in (1, 2):
+    for side in sized((72,), (72, 108)):
+        for num_workers in sized((1,), (1, 2)):
             measure_units(report, side, num_workers)
     return report.finish()
 
 
 def measure(report: Report, shards: ShardedDataset, batch_size: int, name: str) -> None:
-    """Time one pass over the shard in each of three ways, in turn."""
+    """Time one pass over the shard in each way, in turn."""
     shard, form = shards.shard(0), BatchForm()
     order, sizes = shard_order(0, 0, 0, ROWS), batch_sizes(ROWS, batch_size)
     images, labels = shard.gather(np.arange(ROWS), form)
-    loader = DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True)
+    by_row = data_loaders(TensorDataset(images, labels), batch_size)
     ways: dict[str, Batches] = {
         "shard": lambda: shard.batches(order, sizes, form),
         "memory": lambda: from_memory(images, labels, order, sizes),
-        "loader": lambda: loader,
+        BY_BATCH: partial(iter, whole_batches(TensorDataset(images, labels), batch_size)),
+        **{setting: partial(iter, loader) for setting, loader in by_row.items()},
     }
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for round_ in range(ROUNDS + 1):
         for way, batches in ways.items():
-            if way == "loader" and round_ % 5:
-                continue  # ten times slower, and only stated
-            started = time.perf_counter()
-            for _ in batches():
-                pass
-            if round_:  # the first touches the pages
-                taken[way].append(time.perf_counter() - started)
-    report.add(f"{name}: batches per second", len(sizes) / statistics.median(taken["shard"]), unit="/s")
-    ratio = statistics.median(b / a for a, b in zip(taken["shard"], taken["memory"], strict=True))
-    report.add(f"{name}: speed beside index_select in memory", ratio, BAR, at_most=False)
-    report.add(
-        f"{name}: speed beside DataLoader(TensorDataset)",
-        statistics.median(taken["loader"]) / statistics.median(taken["shard"]),
-    )
+            if round_ % SLOW_EVERY and way in by_row:
+                continue
+            passed = seconds(batches())
+            if round_:  # the first touches the pages, and starts processes
+                taken[way].append(passed)
+    shard_s = statistics.median(taken["shard"])
+    report.add(f"{name}: batches per second", len(sizes) / shard_s, unit="/s", row=14)
+    for way, what, bar in (
+        ("memory", "index_select in memory", 0.9),
+        (BY_BATCH, "a DataLoader that is given whole batches of indices", 5.0),
+    ):
+        ratios = [b / a for a, b in zip(taken["shard"], taken[way], strict=True)]
+        median = statistics.median(ratios)
+        report.add(f"{name}: speed beside {what}", median, bar, at_most=False, row=14, runs=ratios)
+    best = min(by_row, key=lambda setting: statistics.median(taken[setting]))
+    print(f"{name}: the best setting of a DataLoader over rows is {best}")
+    ratios = [passed / shard_s for passed in taken[best]]
+    what = "the best DataLoader over rows"
+    report.add(f"{name}: speed beside {what}", statistics.median(ratios), 5.0, at_most=False, row=14, runs=ratios)
+
+
+def data_loaders(rows: Dataset[Any], batch_size: int) -> dict[str, Iterable[Any]]:
+    """A DataLoader over rows with each of its settings that may be the best here."""
+    loaders: dict[str, Iterable[Any]] = {"no process": DataLoader(rows, batch_size, shuffle=True)}
+    for count in (1, 2):
+        loaders[f"{count} kept, 8 batches ahead"] = DataLoader(
+            rows, batch_size, shuffle=True, num_workers=count, persistent_workers=True, prefetch_factor=8
+        )
+    return loaders
+
+
+def whole_batches(rows: TensorDataset, batch_size: int) -> Iterable[Any]:
+    """A DataLoader that hands the indices of a batch to the data set, as few people know it can."""
+    return DataLoader(rows, batch_size=None, sampler=BatchSampler(RandomSampler(rows), batch_size, drop_last=False))
 
 
 def from_memory(
@@ -120,7 +144,8 @@ def measure_units(report: Report, side: int, num_workers: int) -> None:
     """Time the units of an epoch through kept processes beside an epoch of one DataLoader, in turn."""
     source = Pictures(UNITS * UNIT_ROWS, side)
     row_ms = 1000 * seconds(source[row] for row in range(500)) / 500
-    name = f"images at {row_ms:.2f} ms, {num_workers} loader process" + "es" * (num_workers > 1)
+    name = f"{side}x{side} PNG, {num_workers} loader process" + "es" * (num_workers > 1)
+    report.add(f"{name}: decoding and augmenting one", row_ms, unit="ms", row=14)
     data = ShardedDataset.index(source, UNITS)
     feed = Feed(RunData(data, loading({"num_workers": num_workers}, data)), 0, "cpu")
     feed.start()
@@ -134,13 +159,13 @@ def measure_units(report: Report, side: int, num_workers: int) -> None:
         taken["fresh"].append(UNITS * seconds(unit(fresh, epoch, 0)))
         fresh.close()
     feed.close()
-    report.add(f"{name}: units per second", UNITS / statistics.median(taken["kept"]), unit="/s")
+    report.add(f"{name}: units per second", UNITS / statistics.median(taken["kept"]), unit="/s", row=14)
     for way, what, bar in (
         ("kept", "speed beside a DataLoader that lives for the epoch", UNIT_BAR),
         ("fresh", "the same with fresh processes per unit", None),
     ):
         ratio = statistics.median(b / a for a, b in zip(taken[way], taken["plain"], strict=True))
-        report.add(f"{name}: {what}", ratio, bar, at_most=False)
+        report.add(f"{name}: {what}", ratio, bar, at_most=False, row=14)
 
 
 def unit(feed: Feed, epoch: int, shard: int) -> Iterable[object]:

@@ -33,12 +33,13 @@ from optuna.trial import TrialState
 
 import _optuna_stock as stock
 from _report import Report
+from _sizes import sized
 from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune_optuna import optimize, pruners
 
-CONFIGS, SEEDS, LIVE = 12, 3, (2, 3, 4, 8)
+CONFIGS, SEEDS, LIVE = sized(4, 12), sized(1, 3, 5), sized((4,), (2, 3, 4, 8))
 OURS = 2 * stock.WORKERS
-PRUNED_TRIALS = 32
+PRUNED_TRIALS = sized(8, 32)
 CURVE_SEEDS, CURVE_STEPS, CURVE_BUDGET = 20, stock.EPOCHS * stock.SHARDS, 16
 _T_95 = 2.093  # Student's t for 20 - 1 degrees of freedom
 
@@ -71,7 +72,7 @@ def executor(folder: str, live: int, report_every: str) -> Cerebro:
     return Cerebro(
         f"{folder}/train", f"{folder}/validation", epochs=stock.EPOCHS, batch_size=stock.BATCH, workers=stock.WORKERS,
         devices="cpu", live_trials=live, report_every=report_every, keep="none", run_dir=f"{folder}/runs",
-        progress=False,
+        resume="never", progress=False,
     )  # fmt: skip
 
 

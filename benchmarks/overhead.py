@@ -22,11 +22,12 @@ import pyarrow as pa
 import torch
 
 from _report import Report
+from _sizes import sized
 from cerebro_tune import Cerebro, Decision, ShardedDataset, TrialResult
 from cerebro_tune.policy import AutoPolicy, Board, Choice, Ready, Regime
 from cerebro_tune.trainable import Config, Plan, Recipe, Trainable, UnitWork
 
-TRIALS, UNITS, WARM_UP = 8, 2000, 200
+TRIALS, UNITS, WARM_UP, RUNS = 8, 2000, 200, sized(1, 5, 15)
 STATE_FLOATS = 250_000  # 1 MB
 
 
@@ -106,9 +107,16 @@ def main() -> int:
             data, epochs=UNITS // TRIALS // 2, workers=2, live_trials=TRIALS, keep="none", run_dir=f"{folder}/runs",
             progress=False, policy=Restless(),
         ) as cerebro:  # fmt: skip
-            runs = [one_run(cerebro) for _ in range(6)][1:]
-    report.add("empty unit, 1 MB of state, 2 workers", statistics.median(ms for ms, _ in runs), 0.5, "ms")
-    report.add("units that hopped", statistics.median(hops for _, hops in runs) * 100, None, "%")
+            runs = [one_run(cerebro) for _ in range(1 + RUNS)][1:]
+    report.add(
+        "empty unit, 1 MB of state, 2 workers",
+        statistics.median(ms for ms, _ in runs),
+        0.5,
+        "ms",
+        row=5,
+        runs=[ms for ms, _ in runs],
+    )
+    report.add("units that hopped", statistics.median(hops for _, hops in runs) * 100, None, "%", row=5)
     return report.finish()
 
 

@@ -18,27 +18,34 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in all
 
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import _cnn
 import _ray_cnn
 import _ray_searches
+from _cnn import MNIST, Grid
 from _report import Report
-from _turns import Contender, Opened, Turn, median
+from _sizes import sized
+from _turns import Contender, Opened, Turn, median, started
 
 WORKERS = 2
 STOCK, REUSED, OURS = "stock", "stock, reuse_actors", "ours"
 SCHEDULERS = ("ASHA", "HyperBand", "PBT")
-# (ms of a unit, trials, units of an epoch, epochs, turns of all but stock, which has one)
-SEARCHES = [(0, 8, 9, 3, 3), (50, 8, 9, 3, 1), (500, 6, 3, 3, 1)]
-OVERHEAD_MS = 4.0  # of empty units
+# (ms of a unit, trials, units of an epoch, epochs, turns of all but stock, which has one, and none of empty units)
+SEARCHES = sized(
+    [(0, 4, 3, 3, 1), (50, 4, 3, 3, 1)],
+    [(0, 8, 9, 3, 5), (50, 6, 3, 3, 5), (500, 6, 3, 3, 1)],
+    [(0, 8, 9, 3, 9), (50, 8, 9, 3, 9), (500, 6, 3, 3, 5)],
+)
+OVERHEAD_MS = 2.5  # of empty units
 BARS = {(50, STOCK): 0.2, (50, REUSED): 0.8, (500, REUSED): 1.02}
 
 FUNCTION, CLASS, PLAIN = "stock, function trainable", "stock, class, reuse_actors", "no Ray, a fit per config"
 EPOCHWISE, UNITWISE = "ours, a report per epoch", "ours, a report per unit"
-CNN_TURNS = 3  # of all but stock, which has one
+GRID: Grid = {"lr": [3e-4, 1e-3, 3e-3], "width": sized([8], [8, 16]), "dropout": sized([0.0], [0.0, 0.2])}
+ONE: Grid = {"lr": [1e-3], "width": [8], "dropout": [0.0]}  # to warm up
+CNN_TURNS = sized(1, 3)  # of all but stock, which has one
 CNN_BARS = {FUNCTION: 0.25, CLASS: 0.9}
 
 
@@ -63,7 +70,8 @@ def searches(report: Report) -> None:
         for unit_ms, trials, epoch, epochs, turns in SEARCHES:
             for scheduler in SCHEDULERS:
                 arguments = scheduler, unit_ms / 1e3, trials, epoch, epochs
-                found = take_turns(contenders, arguments, turns)
+                taking = contenders if unit_ms else {name: contenders[name] for name in (REUSED, OURS)}
+                found = take_turns(taking, arguments, turns)
                 name = f"{scheduler}, units of {unit_ms} ms"
                 for contender, turn in found.items():
                     show(name, contender, turn, unit_ms)
@@ -72,36 +80,29 @@ def searches(report: Report) -> None:
 
 def judge(report: Report, name: str, unit_ms: int, found: dict[str, Turn]) -> None:
     if unit_ms == 0:
-        report.add(f"{name}: overhead per unit", found[OURS].unit_ms, OVERHEAD_MS, "ms")
-    for other in (STOCK, REUSED):
+        report.add(f"{name}: overhead per unit", found[OURS].unit_ms, OVERHEAD_MS, "ms", row=7)
+    for other in (name for name in found if name != OURS):
         ratio = found[OURS].unit_ms / found[other].unit_ms
-        report.add(f"{name}: wall clock per unit beside {other}", ratio, BARS.get((unit_ms, other)))
+        report.add(f"{name}: wall clock per unit beside {other}", ratio, BARS.get((unit_ms, other)), row=7)
 
 
 def cnn(report: Report) -> None:
     opened: dict[str, Opened] = {
-        FUNCTION: _ray_cnn.stock_function,
-        CLASS: _ray_cnn.stock_class,
-        UNITWISE: partial(_ray_cnn.ours, "unit"),
-        EPOCHWISE: partial(_ray_cnn.ours, "epoch"),
-        PLAIN: _ray_cnn.plain,
+        FUNCTION: partial(_ray_cnn.stock_function, _ray_cnn.handed(MNIST)),
+        CLASS: partial(_ray_cnn.stock_class, _ray_cnn.handed(MNIST)),
+        UNITWISE: partial(_ray_cnn.ours, MNIST),
+        EPOCHWISE: partial(_ray_cnn.ours, MNIST, report_every="epoch"),
+        PLAIN: partial(_cnn.two_processes, MNIST),
     }
     with started(opened) as contenders:
         for contender in contenders.values():
-            contender.turn(_ray_cnn.ONE)
-        found = take_turns(contenders, (_ray_cnn.GRID,), CNN_TURNS)
+            contender.turn(ONE)
+        found = take_turns(contenders, (GRID,), CNN_TURNS)
     for contender, turn in found.items():
         show("CNN, 12 configs x 3 epochs", contender, turn)
     for mine, other in itertools.product((EPOCHWISE, UNITWISE), (FUNCTION, CLASS, PLAIN)):
         ratio = found[mine].wall_s / found[other].wall_s
-        report.add(f"CNN: {mine} beside {other}", ratio, CNN_BARS.get(other))
-
-
-@contextmanager
-def started(opened: dict[str, Opened]) -> Iterator[dict[str, Contender]]:
-    """All contenders, ready for their turns."""
-    with ExitStack() as stack:
-        yield {name: stack.enter_context(Contender(each)) for name, each in opened.items()}
+        report.add(f"CNN: {mine} beside {other}", ratio, CNN_BARS.get(other), row=2)
 
 
 def take_turns(contenders: dict[str, Contender], arguments: tuple[Any, ...], turns: int) -> dict[str, Turn]:

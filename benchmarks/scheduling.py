@@ -14,6 +14,7 @@ from statistics import fmean, median
 from time import perf_counter
 
 from _report import Report
+from _sizes import sized
 from _streams import RESULT, half_time, make_trials, simulated
 from cerebro_tune.events import SearchEnded, TrialAdded, TrialDecided, UnitFinished, WorkerJoined
 from cerebro_tune.hopper import Hopper
@@ -21,7 +22,7 @@ from cerebro_tune.instructions import StartJob
 from cerebro_tune.simulate import Outcome, holdings, log_uniform_costs, noisy, simulate
 from cerebro_tune.units import Decision, Shard, WorkerId
 
-SEEDS = range(20)
+SEEDS = range(sized(4, 20, 50))
 # (trials, workers = shards, equal costs, bar)
 ALL_LIVE = [
     (8, 8, True, 1.03),
@@ -49,8 +50,8 @@ def all_live(report: Report, count: int, workers: int, equal: bool, bar: float) 
     for policy in ("auto", "random"):
         outcomes = [run(seed, policy) for seed in SEEDS]
         makespan = fmean(outcome.makespan / outcome.bound for outcome in outcomes)
-        name = f"{case}, {policy}: makespan / bound ({100 * hop_share(outcomes):.0f} % of units hop)"
-        report.add(name, makespan, bar if policy == "auto" else None)
+        report.add(f"{case}, {policy}: makespan / bound", makespan, bar if policy == "auto" else None)
+        report.add(f"{case}, {policy}: units that hop", 100 * hop_share(outcomes), unit="%")
 
 
 def stream(report: Report, placement: str, makespan_bar: float, moves_bar: float | None) -> None:
@@ -59,10 +60,10 @@ def stream(report: Report, placement: str, makespan_bar: float, moves_bar: float
         outcomes = [simulated(seed, STREAM_WORKERS, STREAM_LIVE, placement, policy) for seed in SEEDS]
         case = f"stream, {placement}, {policy}"
         ideal = fmean(outcome.makespan * STREAM_WORKERS / outcome.work for outcome in outcomes)
-        report.add(f"{case}: makespan / (work / workers)", ideal, makespan_bar if judged else None)
+        report.add(f"{case}: makespan / (work / workers)", ideal, makespan_bar if judged else None, row=10)
         half = fmean(map(half_time, outcomes))
-        report.add(f"{case}: {RESULT}th result / task-parallel's", half, 1.1 if judged else None)
-        report.add(f"{case}: units that hop", 100 * hop_share(outcomes), moves_bar if judged else None, "%")
+        report.add(f"{case}: {RESULT}th result / task-parallel's", half, 1.1 if judged else None, row=10)
+        report.add(f"{case}: units that hop", 100 * hop_share(outcomes), moves_bar if judged else None, "%", row=10)
 
 
 def decision_times(trials: int, shards: int, workers: int, placement: str, decisions: int = 2_000) -> list[float]:
@@ -96,8 +97,8 @@ def decisions(report: Report, trials: int, shards: int, workers: int, bar_us: fl
     for placement in ("pinned", "shared"):
         runs = [decision_times(trials, shards, workers, placement) for _ in range(5)]
         case = f"a decision, {trials} trials x {shards} shards x {workers} workers, {placement}"
-        report.add(f"{case}: mean", 1e6 * median(fmean(times) for times in runs), bar_us, "us")
-        report.add(f"{case}: p99", 1e6 * median(times[int(0.99 * len(times))] for times in runs), bar_us, "us")
+        report.add(f"{case}: mean", 1e6 * median(fmean(times) for times in runs), bar_us, "us", row=12)
+        report.add(f"{case}: p99", 1e6 * median(times[int(0.99 * len(times))] for times in runs), bar_us, "us", row=12)
 
 
 def main() -> int:

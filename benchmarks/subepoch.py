@@ -63,7 +63,7 @@ def add(report: Report, case: str, pairs: list[Pair]) -> None:
         ratios = np.array(times)
         low, high = interval(ratios, np.median)
         name = f"{case}: {than}, median ({low:.3f} to {high:.3f})"
-        report.add(name, float(np.median(ratios)), bar, row=4, runs=times if len(times) <= len(REAL_SEEDS) else None)
+        report.add(name, float(np.median(ratios)), bar, row=4, runs=times if len(times) <= len(REAL_SEEDS) else ())
     late = [pair.by_unit > pair.budget for pair in pairs]
     report.add(f"{case}: not within the whole epochs' whole time", 100 * float(np.mean(late)), None, "%", row=4)
 

@@ -28,7 +28,6 @@ from ray.tune.schedulers import FIFOScheduler, ResourceChangingScheduler, TrialS
 from cerebro_tune.errors import ConfigurationError, MissingHostError, TrialFailedError, UnknownMetricError
 from cerebro_tune.warn import warn_user
 from cerebro_tune_ray.horizons import horizon_warning
-from cerebro_tune_ray.promotion import PromotionASHA
 from cerebro_tune_ray.record import Record
 from cerebro_tune_ray.recorded import Recorded
 from cerebro_tune_ray.restoring import check_resume, latest, mark, marked, rehearse, reports_since, tell_searcher
@@ -58,7 +57,7 @@ class HopController(TuneController):
     def __init__(self, board: Board, **kwargs: Any) -> None:
         scheduler = kwargs.get("scheduler") or FIFOScheduler()
         _check_scheduler(scheduler)
-        self.compares = compares(scheduler) or isinstance(scheduler, PromotionASHA)
+        self.compares = compares(scheduler)
         self._told = Recorded(Judged(scheduler))
         self._riders = board(self)
         self._told.file = self._riders.file

@@ -1,0 +1,137 @@
+"""Runs the benchmarks one after another, writes what they found to `results/<date>.json`, and renders it.
+
+    make bench                     # all of them
+    python benchmarks/bench.py --only hops loader     # a part, into results/part.json, of which nothing is rendered
+
+A benchmark that fails is told among the results, and the others go on; the exit code is then 1. So it is when a bar was
+missed and `misses.md` gives no reason. FULL=1 takes more seeds and runs, SMALL=1 finds out whether all of them work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import psutil
+
+import render
+from _report import ROWS_FILE
+from _sizes import SIZE
+
+HERE = Path(__file__).parent
+SCRIPTS = (
+    "efficiency",
+    "against_ray",
+    "memory",
+    "subepoch",
+    "overhead",
+    "lightning_overhead",
+    "ray_tune",
+    "optuna_study",
+    "hops",
+    "scheduling",
+    "streams",
+    "asha24",
+    "coordinator",
+    "cold_start",
+    "loader",
+    "validating",
+    "when_not",
+)
+PACKAGES = ("torch", "pytorch-lightning", "ray", "optuna", "numpy", "pyarrow")
+LIMIT_S = 1800  # for one script: what hangs must not keep the others
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=SCRIPTS, help=", ".join(SCRIPTS))
+    only = parser.parse_args().only
+    results = measure(only or SCRIPTS)
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / ("part.json" if only else f"{date.today()}.json")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    unexplained = [] if only else render.write(path)
+    unexplained = [] if SIZE == "small" else unexplained  # its misses are of no meaning
+    failed = [script["name"] for script in results["scripts"] if script["error"]]
+    print(f"\n{path.name}: {results['seconds']:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    for measure_ in unexplained:
+        print(f"misses.md does not say why this misses its bar: {measure_}")
+    return int(bool(failed or unexplained))
+
+
+def measure(names: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """The results of these scripts, and where and how they were measured."""
+    began = perf_counter()
+    scripts = [run_script(name) for name in names]
+    return {
+        "date": str(date.today()),
+        "size": SIZE,
+        "seconds": round(perf_counter() - began),
+        "machine": machine(),
+        "scripts": scripts,
+    }
+
+
+def run_script(name: str, **variables: str) -> dict[str, Any]:
+    """Run one benchmark as a process of its own, with one thread in each of its workers."""
+    print(f"\n== {name}", flush=True)
+    began = perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.json")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", ROWS_FILE: str(rows)} | variables
+        command = [sys.executable, str(HERE / f"{name}.py")]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            _, complaints = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            complaints = f"It was ended after {LIMIT_S} s."
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        found = json.loads(rows.read_text()) if rows.exists() else []
+    if error := "" if found else _last_line(complaints) or f"exit code {process.returncode}":
+        print(complaints, file=sys.stderr)
+    return {"name": name, "seconds": round(perf_counter() - began, 1), "error": error or None, "rows": found}
+
+
+def _last_line(text: str) -> str:
+    """What a traceback ends with, without the folders of this machine."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"/\S*/", "", lines[-1])[:200] if lines else ""
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to know of it; neither its name nor its paths."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "load_before": round(os.getloadavg()[0], 2),
+        "threads_per_worker": 1,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
