@@ -15,7 +15,6 @@ of the ratio by the bootstrap over pairs. The seeds draw from 320 curves, which 
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from statistics import fmean
@@ -24,9 +23,10 @@ import numpy as np
 
 from _asha import FROM_ONE_SHARD, Curves, Search, interval, recorded
 from _report import Report
+from _sizes import sized
 from cerebro_tune.policy import abreast
 
-SEEDS = range(400 if os.environ.get("FULL") else 60)
+SEEDS = range(sized(4, 60, 400))
 WORKERS, HOURS, EPOCH_H, TARGET_RANK = 8, 24.0, 1.2, 10
 
 

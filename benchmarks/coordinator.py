@@ -14,7 +14,6 @@ trials that takes n log n in all takes log n per unit.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from time import perf_counter
 import cloudpickle
 
 from _report import Report
+from _sizes import sized
 from cerebro_tune.journal import Journal
 from cerebro_tune.progress import make_progress
 from cerebro_tune.results import TrialResult
@@ -41,11 +41,10 @@ from cerebro_tune.units import Decision, Trial, WorkerId
 from cerebro_tune.workers.base import Grow, Workers
 from cerebro_tune.workers.messages import Finished, Message, Order, Ready, RunSpec, Setup, Spans, Task
 
-FULL = bool(os.environ.get("FULL"))
 WORKERS, LIVE = 128, 1_000
-UNITS, WARM_UP = 12_000, 4_000
-RUNS, GROWTH_RUNS = (9, 5) if FULL else (5, 3)
-GROWTH, GROWTH_SHARDS = (10, 100, 1_000, 10_000), 8
+UNITS, WARM_UP = sized((3_000, 1_000), (12_000, 4_000))
+RUNS, GROWTH_RUNS = sized((1, 1), (5, 3), (9, 5))
+GROWTH, GROWTH_SHARDS = sized((10, 100, 1_000), (10, 100, 1_000, 10_000)), 8
 LEAST_TRIALS = 1_000  # smaller runs are repeated until they have had as many
 STATE_BYTES = 4_096
 

@@ -15,7 +15,6 @@ call to the result; workers are up.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -33,15 +32,15 @@ import pyarrow as pa
 import torch
 
 from _report import Report
+from _sizes import sized
 from _streams import EPOCHS, RESULT, TRIALS, half_time, idle_share, make_trials, simulated, task_parallel
 from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune.simulate import Outcome, log_uniform_costs
 from cerebro_tune.trainable import Config, Plan, Recipe, Trainable, UnitWork
 from cerebro_tune_optuna import optimize
 
-FULL = bool(os.environ.get("FULL"))
-SEEDS = range(100 if FULL else 10)
-REAL_SEEDS, PAIRED_SEEDS = range(20 if FULL else 10), range(20 if FULL else 5)
+SEEDS = range(sized(2, 10, 100))
+REAL_SEEDS, PAIRED_SEEDS = range(sized(1, 10, 20)), range(sized(1, 5, 20))
 SIMULATED_WORKERS, REAL_WORKERS = 8, 2
 UNIT_S = 0.016  # of the cheapest trial
 SHARES = (2.0, 1.5)  # live trials per worker

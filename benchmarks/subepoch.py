@@ -19,7 +19,6 @@ the call, with what a run has by default: journal, states on disk, validation.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -36,11 +35,11 @@ from torch.nn import functional as F
 
 from _asha import FROM_ONE_SHARD, Asha, Search, interval, recorded
 from _report import Report
+from _sizes import sized
 from cerebro_tune import Cerebro, Decision, ShardedDataset, TorchTrainable, TrialResult
 from record_curves import EPOCHS, SHARDS, build, draw, images
 
-FULL = bool(os.environ.get("FULL"))
-SEEDS, REAL_SEEDS = range(1_000 if FULL else 200), range(30 if FULL else 10)
+SEEDS, REAL_SEEDS = range(sized(10, 200, 1_000)), range(sized(1, 10, 30))
 WORKERS, LIVE = 2, 4
 BUDGET = 800  # units
 ROWS = 8_000  # of the real training sets

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import replace
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -25,18 +25,31 @@ _FUTILE_STARTS = 3
 """A worker that dies this often in a row before it is ready will not come up at all."""
 
 
+@dataclass(slots=True)
+class _Watch:
+    """Over one unit: when it began, how long it may take, and when it must have ended.
+
+    That is later where it had to wait, or where nobody looked.
+    """
+
+    began_s: float
+    limit_s: float
+    ends_s: float
+
+
 class Crew:
     """What a run knows of its workers, beside the state machine."""
 
     def __init__(self, workers: Workers, settings: RunSettings) -> None:
         self._workers, self._settings = workers, settings
         self._now = workers.clock.now
-        self._looked_s, self._stopped = self._now(), frozenset[WorkerId]()
+        self._looked_s = self._next_s = self._now()
+        """When it was looked who is stopped, and when somebody may be to tell of."""
+        self._stopped: Set[WorkerId] = frozenset()
         self.ids = workers.ids
         self.running: dict[WorkerId, Unit] = {}
-        self._began_s: dict[WorkerId, float] = {}
-        self._given_s: dict[WorkerId, float] = {}
-        """What deadlines count from: later than the beginning where a unit had to wait, or nobody looked."""
+        self._watches: dict[WorkerId, _Watch] = {}
+        """Over the units that run."""
         self._slowest_s: dict[str, float] = {}
         """Of the units of each trial that ended so far."""
         self.unready: set[WorkerId] = set()
@@ -52,60 +65,57 @@ class Crew:
         """What the workers say next; nothing when the time has passed."""
         said = self._workers.wait(timeout_s)
         for message in said:
-            if isinstance(message, Waiting) and message.worker in self._given_s:
-                self._given_s[message.worker] = self._now()
+            if isinstance(message, Waiting) and (watch := self._watches.get(message.worker)) is not None:
+                watch.ends_s = self._now() + watch.limit_s
         return said
 
     def ended(self, worker: WorkerId, whole: bool = True) -> Unit | None:
         """The unit that a worker ran; `whole` says that it came to its end, and not the worker to his."""
-        self._given_s.pop(worker, None)
-        took_s = self._now() - self._began_s.pop(worker, self._now())
-        unit = self.running.pop(worker, None)
-        if unit is not None and whole:
-            self._slowest_s[unit.trial] = max(took_s, self._slowest_s.get(unit.trial, 0.0))
+        watch, unit = self._watches.pop(worker, None), self.running.pop(worker, None)
+        if watch is not None and unit is not None and whole:
+            self._slowest_s[unit.trial] = max(self._now() - watch.began_s, self._slowest_s.get(unit.trial, 0.0))
         return unit
 
     def silent(self) -> list[Lost]:
         """Workers that run a unit for longer than can be explained, or were stopped: what they run, others shall."""
         now = self._now()
+        if now < self._next_s:
+            return []
         stopped = self._stopped_workers(now)
-        took_s = {worker: now - given_s for worker, given_s in self._given_s.items()}
+        self._next_s = min([self._looked_s + _LOOK_S, *(watch.ends_s for watch in self._watches.values())])
         return [
-            Lost(worker, f"a unit of its has not ended in {s:.0f} s, and {self._limit_s(worker):.0f} s are allowed")
-            for worker, s in took_s.items()
-            if s > self._limit_s(worker) and worker not in stopped
-        ] + [
             Lost(worker, f"its process stands still, stopped by a signal, for {_LOOK_S:.0f} s now")
-            for worker in stopped
+            if worker in stopped
+            else Lost(worker, f"a unit of its has not ended in the {watch.limit_s:.0f} s that are allowed")
+            for worker, watch in self._watches.items()
+            if worker in stopped or now > watch.ends_s
         ]
 
-    def _stopped_workers(self, now: float) -> list[WorkerId]:
-        """Those that run a unit and were found stopped twice: a terminal stops and wakes all processes at once."""
+    def _stopped_workers(self, now: float) -> Set[WorkerId]:
+        """Those that were found stopped twice: a terminal stops and wakes all processes at once."""
         since_s = now - self._looked_s
-        if not self._given_s or since_s < _LOOK_S:
-            return []
+        if since_s < _LOOK_S:
+            return frozenset()
         self._looked_s = now
-        if (
-            since_s > 2 * _LOOK_S
-        ):  # it is this process that did not look, or was stopped itself: it says nothing of them
-            self._given_s = {worker: min(now, given_s + since_s) for worker, given_s in self._given_s.items()}
+        if since_s > 2 * _LOOK_S:  # this process did not look, or was stopped itself, which says nothing of others
+            for watch in self._watches.values():
+                watch.ends_s = min(watch.ends_s + since_s, now + watch.limit_s)
         before, self._stopped = self._stopped, frozenset(self._workers.stopped())
-        return [worker for worker in self._given_s if worker in before & self._stopped]
+        return before & self._stopped
 
     @property
     def patience_s(self) -> float | None:
         """Seconds until `silent` may have somebody to tell of; None where nobody can hang."""
-        if not self._given_s or not self._workers.may_hang:
+        if not self._watches or not self._workers.may_hang:
             return None
-        ends = min(given_s + self._limit_s(worker) for worker, given_s in self._given_s.items())
-        return max(0.0, min(ends, self._looked_s + _LOOK_S) - self._now()) + 0.01
+        return max(0.0, self._next_s - self._now()) + 0.01
 
-    def _limit_s(self, worker: WorkerId) -> float:
+    def _limit_s(self, trial: str) -> float:
         if not self._workers.may_hang:
             return inf
         if self._settings.unit_deadline_s is not None:
             return self._settings.unit_deadline_s
-        slowest_s = self._slowest_s.get(self.running[worker].trial)  # trials differ: none says how long another takes
+        slowest_s = self._slowest_s.get(trial)  # trials differ: none says how long another takes
         return inf if slowest_s is None else max(_LEAST_DEADLINE_S, _SLOWER_THAN_ANY * slowest_s)
 
     @property
@@ -150,17 +160,22 @@ class Crew:
         if trials or buffers:  # said only to an idle worker: it reads, so that the send cannot block
             self._workers.send(worker, Forget(tuple(trials), tuple(buffers)))
             self._forgotten[worker] = ([], [])
-        if not self._given_s:
-            self._looked_s = self._now()  # there was nothing to look at
+        now = self._now()
+        if not self._watches:  # there was nothing to look at
+            self._looked_s, self._next_s = now, now + _LOOK_S
         for task in tasks:
             self.running[worker] = task.unit
-            self._began_s[worker] = self._given_s[worker] = self._now()
+            limit_s = self._limit_s(task.unit.trial)
+            self._watches[worker] = _Watch(now, limit_s, now + limit_s)
+            self._next_s = min(self._next_s, now + limit_s)
             known, trial = self._configured[worker], task.unit.trial
             self._workers.send(worker, replace(task, config=None, recipe=None) if trial in known else task)
             known.add(trial)
 
-    def forget(self, trials: Iterable[str], buffers: Iterable[int]) -> None:
+    def forget(self, trials: Sequence[str], buffers: Sequence[int]) -> None:
         """Note what each worker is to let go of before its next unit."""
+        if not trials and not buffers:
+            return
         for ended, freed in self._forgotten.values():
             ended.extend(trials)
             freed.extend(buffers)
@@ -173,8 +188,7 @@ class Crew:
             else:
                 self._workers.send(worker, Rest())
         self.running.clear()
-        self._given_s.clear()
-        self._began_s.clear()
+        self._watches.clear()
         self.unready.clear()
 
 
