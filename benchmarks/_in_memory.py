@@ -136,12 +136,13 @@ def _search(run: Callable[..., Any], trainable: Any) -> int:
 
 
 @contextmanager
-def stock_optuna(folder: Path) -> Iterator[Callable[[], int]]:
+def stock_optuna(folder: Path, gc_after_trial: bool) -> Iterator[Callable[[], int]]:
     def act() -> int:
         with tempfile.TemporaryDirectory() as studies:
             study = enqueued(f"{studies}/log")
             context = multiprocessing.get_context("spawn")
-            each = [context.Process(target=_optuna_process, args=(f"{studies}/log", folder)) for _ in range(WORKERS)]
+            arguments = f"{studies}/log", folder, gc_after_trial
+            each = [context.Process(target=_optuna_process, args=arguments) for _ in range(WORKERS)]
             for process in each:
                 process.start()
             for process in each:
@@ -151,11 +152,11 @@ def stock_optuna(folder: Path) -> Iterator[Callable[[], int]]:
     yield act
 
 
-def _optuna_process(path: str, folder: Path) -> None:
+def _optuna_process(path: str, folder: Path, gc_after_trial: bool) -> None:
     def objective(trial: optuna.Trial) -> float:
         return fit(suggest(trial), folder, "own copy")
 
-    study(path).optimize(objective, n_trials=len(RATES) // WORKERS)
+    study(path).optimize(objective, n_trials=len(RATES) // WORKERS, gc_after_trial=gc_after_trial)
 
 
 @contextmanager
