@@ -183,7 +183,7 @@ class SimulatedWorkers(Workers):
         answer = partial(self._finish, worker, task, began, takes)
         if fate < 0.2:
             self._lose(worker, chance.uniform(0, takes))
-            self._plan(worker, chance.uniform(0, takes / 2), partial(self._scribble, task))
+            self._plan(worker, chance.uniform(0, takes / 2), partial(self._scribble, worker, seat.number, task))
         elif fate < 0.4:  # the order was lost, or it hangs in the unit, or a signal has stopped it
             seat.hung, seat.stopped = True, fate < 0.25
         elif fate < 0.5:  # the answer is lost
@@ -212,8 +212,9 @@ class SimulatedWorkers(Workers):
 
         self.clock.at(seconds, die)
 
-    def _scribble(self, task: Task) -> None:
-        if task.working is not None and not self._world.dead:
+    def _scribble(self, worker: WorkerId, number: int, task: Task) -> None:
+        """What a worker has written before it dies; when it is dead it writes no more."""
+        if task.working is not None and not self._world.dead and self._seats[worker].number == number:
             self._buffers.open(task.working).memory[:] = b"\xff" * task.working.nbytes
             self._buffers.forget([task.working.key])
 

@@ -90,31 +90,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Trains eight trials, one of which does this."""
-    folder = tmp_path_factory.mktemp("eight")
-    train = ShardedDataset.write(points(202), folder / "train", num_shards=1)  # so that all orders of visits are one
-    validation = ShardedDataset.write(points(100, seed=1), folder / "validation", num_shards=1)
-
-    def run(do: str | None) -> Results:
-        configs: list[dict[str, Any]] = [{"lr": 0.01 * (number + 1)} for number in range(8)]
-        configs[BAD]["do"] = do
-        with Cerebro(
-            train, validation, epochs=4, workers=2, batch_size=16, max_failures=1, progress=False, resume="never",
-            run_dir=folder / "runs", state_memory="100MB",
-        ) as cerebro:  # fmt: skip
-            return cerebro.fit(Misbehaving, configs, metric="val_loss")
-
-    yield run
-    soak.tell(f"{len(FAULTS)} ways for one trial of eight to fail: the other seven were as without it, bit for bit")
-
-
-@pytest.fixture(scope="module")
-def all_well(eight: Any) -> Any:
-    return trained(eight(None))
-
-
 def trained(results: Results) -> list[Any]:
     """What of each trial must not depend on where and when its units ran."""
     times = ("unit_time_s", "hop_time_s", "validation_time_s", "worker")
@@ -123,15 +98,23 @@ def trained(results: Results) -> list[Any]:
     return list(zip(history, map(weights, ended), strict=True))
 
 
-@pytest.mark.parametrize("do", FAULTS)
-def test_one_trial_of_eight_fails_alone(eight: Any, all_well: Any, do: str) -> None:
-    results = eight(do)
-    bad = results[BAD]
-    assert (bad.status, len(bad.visits)) == ("failed", 2)
-    assert FAULTS[do] in str(bad.error)
-    others = [result for index, result in enumerate(results) if index != BAD]
-    assert [result.status for result in others] == ["finished"] * 7
-    assert trained(results) == [each for index, each in enumerate(all_well) if index != BAD]
+def test_one_trial_of_eight_fails_alone(tmp_path: Path) -> None:
+    train = ShardedDataset.write(points(202), tmp_path / "train", num_shards=1)  # so that all orders of visits are one
+    validation = ShardedDataset.write(points(100, seed=1), tmp_path / "validation", num_shards=1)
+    configs: list[dict[str, Any]] = [{"lr": 0.01 * (number + 1)} for number in range(8)]
+    with Cerebro(
+        train, validation, epochs=4, workers=2, batch_size=16, max_failures=1, progress=False, resume="never",
+        run_dir=tmp_path / "runs", state_memory="100MB",
+    ) as cerebro:  # fmt: skip
+        all_well = trained(cerebro.fit(Misbehaving, configs, metric="val_loss"))
+        for do, told in FAULTS.items():
+            configs[BAD]["do"] = do
+            results = cerebro.fit(Misbehaving, configs, metric="val_loss")
+            bad = results[BAD]
+            assert (bad.status, len(bad.visits), told in str(bad.error)) == ("failed", 2, True), do
+            assert [result.status for result in results].count("finished") == 7, do
+            assert trained(results) == [each for index, each in enumerate(all_well) if index != BAD], do
+    soak.tell(f"{len(FAULTS)} ways for one trial of eight to fail: the other seven were as without it, bit for bit")
 
 
 # Full disks and full memory.
@@ -147,8 +130,14 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(sets: Path) -> Any:
-    results = fit(sets / "undisturbed")
-    return ended(results)
+    return ended(run(sets / "undisturbed"))
+
+
+def run(folder: Path) -> Results:
+    """A small run: one trial goes to its end, one is stopped, and one fails."""
+    return fit(
+        folder, [{"lr": 0.01}, {"lr": 0.1, "stop_at": 3}, {"lr": 0.05, "raise_in": [0, 2]}], epochs=1, durable_every=2
+    )
 
 
 def ended(results: Results) -> list[Any]:
@@ -187,7 +176,7 @@ def full_at(row: int, folder: Path) -> None:
 
     room = Room()
     with patch.object(Journal, "append", appending), patch("cerebro_tune.workers.base.Workers.clock", room):
-        fit(folder)
+        run(folder)
     assert room.waited == 1, f"the disk was full {room.waited} times"
 
 
@@ -197,7 +186,7 @@ def test_a_full_disk_at_every_row_of_the_journal_loses_nothing(
     rows = len(read_journal(sets / "undisturbed" / "run-0000"))
     for row in range(2, rows + 1):  # on a full disk no run begins
         assert in_child(lambda row=row: full_at(row, sets / f"row-{row}")) == 0
-        assert ended(fit(sets / f"row-{row}")) == undisturbed
+        assert ended(run(sets / f"row-{row}")) == undisturbed
         assert "the run stands still: the run's journal could not be written: " in capfd.readouterr().err
         shutil.rmtree(sets / f"row-{row}")
     soak.tell(f"{rows - 1} full disks, one at each row of a run's journal: each stood still and lost nothing")
@@ -226,7 +215,7 @@ def full_for(number: int, folder: Path) -> None:
         patch.object(Path, "open", opening),
         patch.object(FullDisk, "stand_still", waiting(FullDisk.stand_still)),
     ):
-        fit(folder)
+        run(folder)
     if next(written) <= number:
         os._exit(NO_MORE)
     assert next(waits) > 0, "nobody has waited"
@@ -239,9 +228,9 @@ def test_a_full_disk_at_every_file_that_a_run_writes_loses_nothing(sets: Path, u
         if code == NO_MORE:
             break
         assert code == 0
-        assert ended(fit(folder)) == undisturbed
+        assert ended(run(folder)) == undisturbed
     soak.tell(f"{number - 1} full disks, one at each checkpoint and state that a run writes: nothing was lost")
-    assert number > 10
+    assert number > 5
 
 
 def no_memory_at(number: int, folder: Path) -> None:
@@ -257,7 +246,7 @@ def no_memory_at(number: int, folder: Path) -> None:
             limit_files(None)
 
     with patch.object(Buffer, "_reserve", reserving), pytest.raises(StateMemoryError, match="no room for a state"):
-        fit(folder)
+        run(folder)
 
 
 def test_full_memory_at_every_buffer_is_told_and_the_run_goes_on_another_time(sets: Path, undisturbed: Any) -> None:
@@ -265,7 +254,7 @@ def test_full_memory_at_every_buffer_is_told_and_the_run_goes_on_another_time(se
         folder = sets / f"memory-{number}"
         if in_child(lambda number=number, folder=folder: no_memory_at(number, folder)):
             break
-        assert ended(fit(folder)) == undisturbed
+        assert ended(run(folder)) == undisturbed
     assert number > 5
     soak.tell(
         f"{number - 1} times no memory for a state, at each buffer of a run: it was told, and the run went on later"

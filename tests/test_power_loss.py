@@ -112,13 +112,9 @@ class Disk:
             self._hold(path)
         safe = self._names.get(folder.stat().st_ino, {})
         found: dict[str, int] = {name: path.stat().st_ino for name, path in now.items()}
-        if kind != EVERYTHING:
-            for name in sorted(found.keys() | safe.keys()):
-                if found.get(name) != safe.get(name) and (kind == ONLY_WHAT_IS_SAFE or self._chance.random() < 0.5):
-                    if name in safe:
-                        found[name] = safe[name]
-                    else:
-                        del found[name]
+        # File systems keep the order of what is done to the names of a folder, and do a renaming at once or not at all.
+        if kind == ONLY_WHAT_IS_SAFE or (kind == TORN and self._chance.random() < 0.5):
+            found = dict(safe)
         for name, inode in found.items():
             path = inodes.get(inode)
             if path is not None and path.is_dir():
