@@ -192,11 +192,17 @@ class TrialBook:
         return self.path(page, f"best.{units}")
 
     def clear_staged(self, early: Collection[str]) -> None:
-        """Remove what was written by units that were not committed, but for trials whose next one ended `early`."""
+        """Remove what was written by units that were not committed, or in a time that a loss of power has undone.
+
+        What waits to be put in its place stays, and so does the next one of trials whose next unit has ended `early`.
+        """
         for page in self:
-            best = self.path(page, "best")
-            staged = {path for path in best.parent.glob("best.[0-9]*") if _number_of(path) > page.units}
-            for path in {*best.parent.glob("*.partial"), *(() if page.trial.id in early else staged)}:
+            waits = {page.units + 1} if page.trial.id in early else set()
+            if page.latest is not None and page.latest.best_written:
+                waits.add(page.units)
+            folder = self.path(page, "best").parent
+            staged = {path for path in folder.glob("best.[0-9]*") if _number_of(path) not in waits}
+            for path in staged | {*folder.glob("*.partial")}:
                 path.unlink()
 
     def export(self, unit: Unit, epoch_done: bool, last: bool, durable: bool) -> Export | None:
