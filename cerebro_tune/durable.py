@@ -119,4 +119,4 @@ class DurableStates:
             self._remove(before)
 
     def _remove(self, path: Path) -> None:
-        self._when_safe(lambda: self._thread.submit(path.unlink, missing_ok=True))
+        self._when_safe(partial(path.unlink, missing_ok=True))

@@ -238,8 +238,10 @@ class Run:
         try:
             if self._past is None or self.unended or not self._over():
                 self.begin()
-            elif self._durable is not None:
-                self._durable.clear_strays()
+            else:  # all of it was done by the one that died, but for what it has left lying about
+                self._book.clear_staged(self._past.early)
+                if self._durable is not None:
+                    self._durable.clear_strays()
             while not self._over():
                 self.turn()
             self._export_unended()

@@ -156,3 +156,12 @@ def quiet_optuna() -> Iterator[None]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     yield
     optuna.logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both sets in it, in which runs of `resumed_runs` have theirs."""
+    folder = tmp_path_factory.mktemp("sets")
+    ShardedDataset.write(points(202), folder / "train", num_shards=4)
+    ShardedDataset.write(points(100, seed=1), folder / "validation", num_shards=1)
+    return folder

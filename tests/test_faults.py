@@ -121,14 +121,6 @@ def test_one_trial_of_eight_fails_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("full")
-    ShardedDataset.write(points(202), folder / "train", num_shards=4)
-    ShardedDataset.write(points(100, seed=1), folder / "validation", num_shards=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def undisturbed(sets: Path) -> Any:
     return ended(run(sets / "undisturbed"))
 

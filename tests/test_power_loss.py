@@ -22,10 +22,9 @@ from unittest.mock import patch
 import pytest
 
 import soak
-from cerebro_tune import Results, ShardedDataset
+from cerebro_tune import Results
 from cerebro_tune.journal import NAME, Journal
 from cerebro_tune.reading import RunReading
-from conftest import points
 from resumed_runs import fit
 from runs import outcome
 
@@ -106,7 +105,7 @@ class Disk:
                 self.images.append(Image(point, kind, files))
 
     def _walk(self, folder: Path, place: Path, kind: str, files: dict[Path, bytes | None]) -> None:
-        now = {path.name: path for path in folder.iterdir()}
+        now = {path.name: path for path in folder.iterdir() if path.exists()}  # SQLite removes files of its own
         inodes = {path.stat().st_ino: path for path in now.values()}
         for path in now.values():
             self._hold(path)
@@ -120,6 +119,10 @@ class Disk:
             if path is not None and path.is_dir():
                 files[place / name] = None
                 self._walk(path, place / name, kind, files)
+            elif inode in self._names:  # a folder that was removed since, and may come back with what it had
+                files[place / name] = None
+                for inner, of in self._names[inode].items():
+                    files[place / name / inner] = self._content(of, inner, kind)
             elif not name.endswith("-shm"):
                 files[place / name] = self._content(inode, name, kind)
 
@@ -144,14 +147,6 @@ def _bytes_of(descriptor: int) -> bytes:
     size = os.fstat(descriptor).st_size
     assert stat.S_ISREG(os.fstat(descriptor).st_mode)
     return os.pread(descriptor, size, 0)
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("power")
-    ShardedDataset.write(points(202), folder / "train", num_shards=4)
-    ShardedDataset.write(points(100, seed=1), folder / "validation", num_shards=1)
-    return folder
 
 
 def run(folder: Path) -> Results:

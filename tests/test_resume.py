@@ -28,7 +28,7 @@ import lightning_nets
 import nets
 import resumed_runs
 import soak
-from cerebro_tune import Cerebro, Decision, ShardedDataset
+from cerebro_tune import Cerebro, Decision
 from cerebro_tune.configtext import config_text
 from cerebro_tune.errors import ConfigurationError, NotPicklableError, RunBusyError
 from cerebro_tune.journal import Journal, read_journal
@@ -37,20 +37,11 @@ from cerebro_tune.recovery import MOVED, RELEASED, Replayed
 from cerebro_tune.settings import TrainAll
 from cerebro_tune.trainable import as_recipe
 from cerebro_tune_lightning import LightningTrainable
-from conftest import points
 from resumed_runs import CONFIGS, Mixed, die_at, fit, in_child, one_thread
 from runs import outcome, weights
 
 KILLS = 40
 """Of coordinators with processes, in all."""
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resumed")
-    ShardedDataset.write(points(202), folder / "train", num_shards=4)
-    ShardedDataset.write(points(100, seed=1), folder / "validation", num_shards=1)
-    return folder
 
 
 @pytest.fixture(scope="module")
