@@ -17,10 +17,11 @@ def tell(line: str) -> None:
 
 
 class Loop:
-    """Is true for as long as there is time left for one of the tests that repeat."""
+    """Is true for as long as there is time left for one of the tests that repeat, from when it is asked first."""
 
-    def __init__(self) -> None:
-        self._ends = monotonic() + SECONDS / _LOOPS if SECONDS else 0.0
+    _ends: float | None = None
 
     def __bool__(self) -> bool:
-        return monotonic() < self._ends
+        if self._ends is None:
+            self._ends = monotonic() + SECONDS / _LOOPS
+        return SECONDS > 0 and monotonic() < self._ends

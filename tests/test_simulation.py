@@ -92,7 +92,7 @@ def test_whatever_happens_a_run_ends_as_it_should(
         deaths += world.deaths
         shutil.rmtree(folder)
         capsys.readouterr()
-    soak.tell(f"{seed} runs simulated, with {deaths} deaths of their coordinators: every one ended as it should")
+    soak.tell(f"{seed + 1} runs simulated, with {deaths} deaths of their coordinators: every one ended as it should")
 
 
 def rows(results: Results) -> list[str]:
