@@ -343,9 +343,8 @@ class Cerebro:
                 policy=policy or self.policy,
                 live_trials=None if hosted else self.live_trials,
             )
-            if not hosted and (
-                self.run_dir is not None or not remote_kind(folder)
-            ):  # one without a name is not taken up
+            taken_up = self.run_dir is not None  # one without a name is not, and may lie anywhere
+            if not hosted and (taken_up or not remote_kind(folder)):
                 journal = Journal(folder, self._workers.clock)
             run = self._run_of(
                 settings, recipe, tuner, journal, given, make_progress(False if hosted else self._progress)

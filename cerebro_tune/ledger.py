@@ -11,12 +11,10 @@ from cerebro_tune.clock import Clock
 from cerebro_tune.eventcodec import to_plain
 from cerebro_tune.events import Event
 from cerebro_tune.journal import Journal, Row
-from cerebro_tune.wholefile import once_there_is_room, told
+from cerebro_tune.wholefile import LOOK_AGAIN_S, once_there_is_room, told
 
 T = TypeVar("T")
 
-_LOOK_AGAIN_S = 1.0
-"""Between two looks whether a disk has room again, of which no file system tells."""
 _TELL_AGAIN_S = 60.0
 
 
@@ -36,7 +34,7 @@ class FullDisk:
         if self._interrupted() or self._given_up.is_set():
             raise error
         self.tell(f"the run stands still: {told(error)}")
-        self._clock.sleep(_LOOK_AGAIN_S, unless=self._given_up)
+        self._clock.sleep(LOOK_AGAIN_S, unless=self._given_up)
 
     def give_up(self) -> None:
         """Nobody is to wait any more."""

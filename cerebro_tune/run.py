@@ -64,6 +64,7 @@ from cerebro_tune.store import BufferRef, StateStore
 from cerebro_tune.timeline import Timeline
 from cerebro_tune.trainable import Config, Recipe
 from cerebro_tune.units import Decision, Shard, Status, Unit, WorkerId
+from cerebro_tune.wholefile import give_up
 from cerebro_tune.workers.base import Workers
 from cerebro_tune.workers.messages import (
     Export,
@@ -705,6 +706,7 @@ class Run:
             self._let_go()
 
     def _let_go(self) -> None:
+        self._workers.stand_still = give_up  # they outlive the run, and must not keep it, its tuner and the executor
         if self._durable is not None:
             self._durable.close()
         self._crew.dismiss(lost={message.worker for message in self._inbox if isinstance(message, Lost)})

@@ -7,10 +7,13 @@ header once more and compares it, so that one flipped bit anywhere is noticed. N
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import struct
+import sys
+import sysconfig
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ from cerebro_tune.buffers import Mapped
 from cerebro_tune.errors import DamagedStateError, StateError
 from cerebro_tune.regions import ARRAY, TENSOR, aligned, check_rows, clear_tail, contiguous
 from cerebro_tune.state import digest, parts, plan, read, seal, write
-from cerebro_tune.treecodec import check_classes, named_leaves
+from cerebro_tune.treecodec import named_leaves
 from cerebro_tune.wholefile import sync_file, sync_folder, whole_file
 
 _LENGTH = struct.Struct("<Q")
@@ -91,7 +94,7 @@ def load_into(path: Path | str, buffer_of: Callable[[int], Mapped]) -> tuple[Map
             table, text, checksum, entries = _read_header(file)
             end = _end(entries)
             check_rows(table, end)
-            check_classes(text)
+            _check_classes(text)
             used = end + len(table) + len(text)
         except (LookupError, OverflowError, TypeError, ValueError, StateError, struct.error, RecursionError) as error:
             raise _damaged(path, f"its header cannot be read ({error!r})") from error
@@ -173,6 +176,26 @@ def _check_places(entries: dict[int, _Entry]) -> None:
         if offset != end or entries[offset].nbytes < 0:
             raise ValueError(f"a region starts at byte {offset}, not at {end}")
         end = aligned(offset + entries[offset].nbytes)
+
+
+def _check_classes(text: str) -> None:
+    """Raise StateError for a tree with a class of a module that is neither in use nor of an installed package.
+
+    A file that somebody has forged may name any: one that lies in the current folder, say, would be run by its import.
+    """
+    installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+
+    def look(value: dict[str, Any]) -> Any:
+        for tag, payload in value.items():
+            if tag in ("~enum", "~flag", "~named"):
+                root = str(payload[0]).partition(".")[0]
+                spec = None if root in sys.modules else importlib.util.find_spec(root)
+                origin = Path(str(getattr(spec, "origin", None)))
+                if root not in sys.modules and not any(origin.is_relative_to(folder) for folder in installed):
+                    raise StateError(f"it needs {payload[1]!r} of the module {payload[0]!r}, which nobody here uses")
+        return value
+
+    json.loads(text, object_hook=look)
 
 
 def _end(entries: list[_Entry]) -> int:

@@ -7,7 +7,7 @@ key path: nothing is dropped, and nothing is pickled. Containers are values: an 
 as two equal objects (tensors keep their aliases, see `state.py`).
 
 Classes of enums and named tuples are found again by module and name. Reading never calls them: it imports a module at
-most, and takes a member that is already there. Of a file, `check_classes` says whether these are modules to import.
+most, and takes a member that is already there. Files are checked before, see `statefile`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ import collections
 import datetime
 import enum
 import importlib
-import importlib.util
 import json
 import math
 import pathlib
 import reprlib
 import sys
-import sysconfig
 import types
 import weakref
 import zoneinfo
@@ -157,26 +155,6 @@ def decode(text: str, leaves: Mapping[str, Reader]) -> Any:
         if isinstance(error, StateError):
             raise
         raise StateError(f"there is no state in this text: {error!r}") from error
-
-
-def check_classes(text: str) -> None:
-    """Raise StateError for a tree with a class of a module that is neither in use nor of an installed package.
-
-    A file that somebody has forged may name any: one that lies in the current folder, say, would be run by its import.
-    """
-    installed = [pathlib.Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
-
-    def look(value: dict[str, Any]) -> Any:
-        for tag, payload in value.items():
-            if tag in ("~enum", "~flag", "~named"):
-                root = str(payload[0]).partition(".")[0]
-                spec = None if root in sys.modules else importlib.util.find_spec(root)
-                origin = pathlib.Path(str(getattr(spec, "origin", None)))
-                if root not in sys.modules and not any(origin.is_relative_to(folder) for folder in installed):
-                    raise StateError(f"it needs {payload[1]!r} of the module {payload[0]!r}, which nobody here uses")
-        return value
-
-    json.loads(text, object_hook=look)
 
 
 def named_leaves(text: str, tags: Iterable[str]) -> Iterable[tuple[str, str, Any]]:

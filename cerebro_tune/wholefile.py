@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 """What writing raises on a full disk, or beyond a limit that somebody has set."""
+LOOK_AGAIN_S = 1.0
+"""Between two looks whether a disk has room again, of which no file system tells."""
 _NO_FOLDERS = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES})
 """What file systems raise on which folders cannot be synced, and those of others."""
 

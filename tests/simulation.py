@@ -4,6 +4,8 @@ All that may go wrong does so by one seed: workers die, hang and are stopped; or
 late or twice; the disk is slow, or full; users stop, pause, resume and clone; the coordinator dies at any moment, by
 a kill or by a loss of power, which takes what the disk had not got yet. Another then goes on in what is left of the
 folder. Nothing waits, no process is started, and one seed gives one journal, row for row.
+
+(Above 400 lines: clock, workers and world of one simulation, each of which knows the others.)
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import math
@@ -18,7 +19,7 @@ from cerebro_tune import Cerebro, Decision
 from cerebro_tune.errors import TrialFailedError
 from cerebro_tune.sharedrun import Caller
 from nets import AtEpochsEnd, Counting, Deep, Diverging, Exiting, Hoarding, Linear, Mortal, Raising, Talking
-from runs import CONFIGS, InOrder, outcome, weights
+from runs import CONFIGS, InOrder, Script, outcome, weights
 
 
 @pytest.mark.parametrize("backend", ["inline", "local"])
@@ -174,6 +175,22 @@ def test_an_executor_that_nobody_has_ends_its_workers(options: dict[str, Any]) -
     children = psutil.Process().children(recursive=True)
     assert len(children) == 3  # two workers and their server
     del cerebro
+    assert psutil.wait_procs(children, timeout=3)[1] == []
+
+
+def test_one_whose_last_tuner_knew_it_ends_them_too(options: dict[str, Any]) -> None:
+    """As a tuner does that asks for `cerebro.current`; workers outlive a run, and keep nothing of it."""
+
+    def trained() -> list[psutil.Process]:
+        cerebro = Cerebro(**options | {"backend": "local"})
+        run = cerebro.run(Linear, Script(lambda *_: Decision.CONTINUE if cerebro.current else Decision.STOP))
+        run.add(CONFIGS[0])
+        run.end_search()
+        assert cerebro.drive(run)[0].status == "finished"
+        return psutil.Process().children(recursive=True)
+
+    children = trained()
+    gc.collect()
     assert psutil.wait_procs(children, timeout=3)[1] == []
 
 

@@ -28,6 +28,7 @@ from cerebro_tune.clock import Clock
 from cerebro_tune.errors import CerebroError, DamagedStateError, StateMemoryError
 from cerebro_tune.journal import Journal, read_journal
 from cerebro_tune.ledger import FullDisk
+from cerebro_tune.wholefile import LOOK_AGAIN_S
 from conftest import points
 from resumed_runs import fit, in_child
 from runs import outcome, weights
@@ -149,7 +150,7 @@ class Room(Clock):
         self.waited = 0
 
     def sleep(self, seconds: float, unless: threading.Event | None = None) -> None:
-        if seconds == 1.0:
+        if seconds == LOOK_AGAIN_S:
             self.waited += 1
             limit_files(None)
         else:

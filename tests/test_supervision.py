@@ -76,47 +76,32 @@ class Brief(nets.Deep):
 
 
 @pytest.mark.timeout(1200)
-def test_workers_killed_at_random_moments_change_nothing(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("number", "least", "pause_s", "told"),
+    [(signal.SIGKILL, KILLS, 0.1, "killed"), (signal.SIGSTOP, STOPS, 3.0, "stopped by a signal")],
+)
+def test_workers_hit_at_random_moments_change_nothing(
+    options: dict[str, Any], number: int, least: int, pause_s: float, told: str
+) -> None:
     configs = [{"lr": 0.1}, {"lr": 0.03}, {"lr": 0.01}]
     options |= {"backend": "local", "policy": "fixed", "max_failures": 1000, "epochs": 3}
     with Cerebro(**options) as cerebro:
         undisturbed = outcome(cerebro.fit(Brief, configs, metric="val_loss"))
-    chance, kills, runs, longer = random.Random(2), 0, 0, soak.Loop()
-    while kills < KILLS or longer:
+    chance, hits, runs, longer = random.Random(2), 0, 0, soak.Loop()
+    while hits < least or longer:
         with Cerebro(**options) as cerebro:
-            over, killed = threading.Event(), []
-            arguments = cerebro, chance, over, killed, signal.SIGKILL, 0.1
-            killer = threading.Thread(target=_signal_now_and_then, args=arguments)
-            killer.start()
+            over, hit = threading.Event(), []
+            arguments = cerebro, chance, over, hit, number, pause_s
+            hitter = threading.Thread(target=_signal_now_and_then, args=arguments)
+            hitter.start()
             try:
                 found = cerebro.fit(Brief, configs, metric="val_loss")
             finally:
                 over.set()
-                killer.join()
+                hitter.join()
             assert outcome(found) == undisturbed
-        kills, runs = kills + len(killed), runs + 1
-    soak.tell(f"{kills} workers killed in {runs} runs, none of which ended otherwise, bit for bit")
-
-
-def test_workers_stopped_at_random_moments_change_nothing(options: dict[str, Any]) -> None:
-    options |= {"backend": "local", "policy": "fixed", "max_failures": 1000}
-    with Cerebro(**options) as cerebro:
-        undisturbed = outcome(cerebro.fit(Brief, [{"lr": 0.1}, {"lr": 0.03}], metric="val_loss"))
-    chance, stops, longer = random.Random(5), 0, soak.Loop()
-    while stops < STOPS or longer:
-        with Cerebro(**options) as cerebro:
-            over, stopped = threading.Event(), []
-            arguments = cerebro, chance, over, stopped, signal.SIGSTOP, 3.0
-            stopper = threading.Thread(target=_signal_now_and_then, args=arguments)
-            stopper.start()
-            try:
-                found = cerebro.fit(Brief, [{"lr": 0.1}, {"lr": 0.03}], metric="val_loss")
-            finally:
-                over.set()
-                stopper.join()
-            assert outcome(found) == undisturbed
-        stops += len(stopped)
-    soak.tell(f"{stops} workers stopped by a signal: all were replaced, and not a bit was another")
+        hits, runs = hits + len(hit), runs + 1
+    soak.tell(f"{hits} workers {told} in {runs} runs, none of which ended otherwise, bit for bit")
 
 
 def _signal_now_and_then(

@@ -16,7 +16,7 @@ from time import sleep
 from cerebro_tune.errors import StateMemoryError
 from cerebro_tune.store import BufferRef
 from cerebro_tune.units import WorkerId
-from cerebro_tune.wholefile import told
+from cerebro_tune.wholefile import LOOK_AGAIN_S, told
 from cerebro_tune.workers.messages import (
     Exit,
     Forget,
@@ -136,7 +136,7 @@ class _Worker:
 
     def _stand_still(self, error: OSError) -> None:
         self._say(Waiting(self._worker, told(error)))
-        sleep(1.0)
+        sleep(LOOK_AGAIN_S)
 
     def _relay(self, stream: str, text: str) -> None:
         self._say(Output(self._worker, self._trial, stream, text))

@@ -65,7 +65,7 @@ class InlineWorkers(Workers):
             self._pipe.ring()
 
     def _wait_for_room(self, error: OSError) -> None:
-        self.stand_still(error)
+        self.stand_still(error)  # that of the run that is on: runners are made before it
 
     def restart(self, worker: WorkerId) -> None:  # noqa: D102
         self._tasks = deque((whose, task) for whose, task in self._tasks if whose != worker)

@@ -33,7 +33,7 @@ from cerebro_tune.buffers import BufferCache, Mapped
 from cerebro_tune.errors import ConfigurationError, StateMemoryError
 from cerebro_tune.trainable import Recipe
 from cerebro_tune.units import WorkerId
-from cerebro_tune.wholefile import told
+from cerebro_tune.wholefile import LOOK_AGAIN_S, told
 from cerebro_tune.workers.base import Grow, WakePipe, Workers
 from cerebro_tune.workers.messages import (
     Exit,
@@ -298,7 +298,7 @@ class RayWorkers(Workers):
         if seat.leaving:
             raise error
         self._tell(seat, Waiting(seat.worker, told(error)))
-        sleep(1.0)
+        sleep(LOOK_AGAIN_S)
 
     # In: inside `wait`
 
