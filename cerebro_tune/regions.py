@@ -190,18 +190,19 @@ def _array(leaves: Any, array: np.ndarray[Any, Any]) -> dict[str, int]:
 def move(regions: tuple[Region, ...], buffer: Mapped) -> None:
     """Bring regions to their places; those that lie elsewhere in this very buffer are set aside first."""
     memory, base = buffer.memory, buffer.address
-    sources: list[tuple[int, Any]] = []  # where the bytes of each region are, and what keeps them there
+    sources: list[tuple[int | None, Any]] = []  # where the bytes of each region are, and what keeps them there
     for region in regions:
         if region.address is None:
-            host = _device_bytes(region)
-            sources.append((host.data_ptr(), host))
+            sources.append((None, region.storage))
         elif base <= region.address < base + buffer.nbytes and region.address != base + region.offset:
             aside = (ctypes.c_char * region.nbytes).from_buffer_copy(memory, region.address - base)
             sources.append((ctypes.addressof(aside), aside))
         else:
             sources.append((region.address, region.storage))
     for region, (address, _) in zip(regions, sources, strict=True):
-        if address != base + region.offset:
+        if address is None:
+            _from_device(region, memory)
+        elif address != base + region.offset:
             ctypes.memmove(base + region.offset, address, region.nbytes)
         clear_tail(memory, region.offset + region.nbytes)
         if region.views:
@@ -309,12 +310,14 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return first, first + (reach + 1) * size
 
 
-def _device_bytes(region: Region) -> torch.Tensor:
-    """A device region's bytes in host memory."""
+def _from_device(region: Region, memory: memoryview) -> None:
+    """Copy a device region's bytes to its place."""
     import torch
 
-    whole = torch.empty(0, dtype=torch.uint8, device=region.storage.device).set_(region.storage)
-    return whole[region.start : region.start + region.nbytes].cpu()
+    if region.nbytes:
+        whole = torch.empty(0, dtype=torch.uint8, device=region.storage.device).set_(region.storage)
+        place = torch.frombuffer(memory, dtype=torch.uint8, count=region.nbytes, offset=region.offset)
+        place.copy_(whole[region.start : region.start + region.nbytes])
 
 
 def _clear_gaps(region: Region, memory: memoryview) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 import soak
@@ -24,6 +25,12 @@ from cerebro_tune import ShardedDataset
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("soak", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=2000)
 settings.load_profile("default")
+
+
+def pytest_configure() -> None:
+    """Two cores, however many there are: how many threads a worker has, and so every bit, follows from it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,8 +46,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imports made stays: `leaves_nothing` collects garbage after each test, and need not look through it."""
+    """What the imports made stays: `leaves_nothing` collects garbage after each test, and need not look through it.
+
+    So does what the driver of a GPU opens, which the first backward pass makes torch use.
+    """
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """For tests that need one."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ def test_attributes_that_came_and_went() -> None:
     assert vars(target) == {"kept": 1, "new": "new"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")
+@pytest.mark.usefixtures("gpu")
 def test_a_tensor_goes_back_to_its_device() -> None:
     source, target = (Owner(mean=torch.zeros(2, device="cuda"), same=torch.ones(2).cuda()) for _ in range(2))
     out, into = carried(source), carried(target)
@@ -400,6 +400,7 @@ def test_what_is_the_models_own_is_found_again_in_another() -> None:
     assert target.weighted == {target.layer.weight: 2.0}
 
 
+@pytest.mark.filterwarnings("ignore:Pickle, copy:DeprecationWarning")  # of itertools, from Python 3.12 on
 @pytest.mark.parametrize(
     ("value", "change", "reason"),
     [

@@ -227,6 +227,27 @@ def test_a_state_that_is_not_what_was_noted_is_never_trained_on(
     assert scores(grid) == scores(expected)
 
 
+def test_what_ray_has_written_may_be_cut_by_a_death(
+    folder: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")  # it is writing all the time
+    log, expected = whole("asha")
+    kill("asha", folder, 1, 26, "before")
+    written = [path for path in record_of(folder).parent.glob("*-*.*") if path.suffix in (".json", ".pkl")]
+    assert {path.name.split("-")[0] for path in written} >= {"experiment_state", "searcher", "callback"}
+    for path in written:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    kept = record_of(folder) / "ray.zip"
+    content = kept.read_bytes()
+    kept.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    with pytest.raises(DamagedStateError, match=r"ray\.zip is not as it was written .*Restore its folder from a copy"):
+        take_up("asha", folder)
+    kept.write_bytes(content)
+    grid = take_up("asha", folder)
+    assert told(folder / "log") == told(log)
+    assert scores(grid) == scores(expected)
+
+
 def test_an_experiment_has_one_driver(folder: Path, whole: Whole) -> None:
     _, expected = whole("asha")
     first = driver("asha", folder, 1, KILL_AT="9", SIGNAL="SIGSTOP")

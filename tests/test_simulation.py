@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -21,6 +23,14 @@ from simulation import EPOCHS, SHARDS, World, linked
 SEEDS = 2000
 SEEDS_TWICE = 100
 """Of which the journals are compared, row for row."""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """In memory, where there is such a place: deaths here lose nothing that a disk was to have."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as path:
+        yield Path(path)
 
 
 @pytest.fixture(scope="module")
@@ -70,27 +80,25 @@ def check(world: World, results: Results) -> None:
 
 @pytest.mark.timeout(1200)
 def test_whatever_happens_a_run_ends_as_it_should(
-    tmp_path: Path, small: ShardedDataset, capsys: pytest.CaptureFixture[str]
+    folder: Path, small: ShardedDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     longer, deaths = soak.Loop(), 0
     for seed in takewhile(lambda seed: seed < SEEDS or longer, count()):
-        folder = tmp_path / str(seed)
         try:
-            world, results = simulated(seed, folder, small)
+            world, results = simulated(seed, folder / "run", small)
             check(world, results)
             if seed % (SEEDS // SEEDS_TWICE) == 0:
-                _, again = simulated(seed, tmp_path / "again", small)
+                _, again = simulated(seed, folder / "again", small)
                 assert rows(again) == rows(results)
-                shutil.rmtree(tmp_path / "again")
             if world.repeats:
-                _, undisturbed = simulated(seed, tmp_path / "undisturbed", small, undisturbed=True)
+                _, undisturbed = simulated(seed, folder / "undisturbed", small, undisturbed=True)
                 assert outcome(results) == outcome(undisturbed)
-                shutil.rmtree(tmp_path / "undisturbed")
         except BaseException as error:
             error.add_note(f"in the simulation of seed {seed}")
             raise
         deaths += world.deaths
-        shutil.rmtree(folder)
+        for each in folder.iterdir():
+            shutil.rmtree(each)
         capsys.readouterr()
     soak.tell(f"{seed + 1} runs simulated, with {deaths} deaths of their coordinators: every one ended as it should")
 
@@ -105,7 +113,7 @@ def outcome(results: Results) -> list[object]:
     ]
 
 
-def test_a_seed_gives_one_journal_in_every_process(tmp_path: Path, small: ShardedDataset) -> None:
+def test_a_seed_gives_one_journal_in_every_process(folder: Path, small: ShardedDataset) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -118,7 +126,7 @@ for seed in range(20):
 """
     told = []
     for number in ("1", "2"):
-        command = [sys.executable, "-c", code, str(tmp_path / number), str(small.path)]
+        command = [sys.executable, "-c", code, str(folder / number), str(small.path)]
         environment = os.environ | {"PYTHONHASHSEED": number, "PYTHONPATH": os.pathsep.join(sys.path)}
         told.append(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
     assert told[0] == told[1]

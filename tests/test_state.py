@@ -413,7 +413,7 @@ def test_the_store_and_the_codec_do_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("gpu")
 def test_device_tensors_come_back_to_a_device_with_their_aliases() -> None:
     weight = torch.arange(12.0, device="cuda").view(3, 4)
     tree = [weight, weight.T, torch.ones(2), torch.empty(0, device="cuda"), weight.to(torch.bfloat16)[1:]]

@@ -178,7 +178,9 @@ class Inside(Teacher):
         return model, torch.optim.SGD(self.net.parameters(), lr=config["lr"])
 
 
-def plain_loop(kind: type[TorchTrainable], loader: VisitLoader, lr: float) -> tuple[nn.Module, Any, list[float]]:
+def plain_loop(
+    kind: type[TorchTrainable], loader: VisitLoader, lr: float, device: str = "cpu"
+) -> tuple[nn.Module, Any, list[float]]:
     """An independent loop: what a PyTorch user would write for the same training."""
     steps_per_epoch = math.ceil(len(loader) / kind.accumulate)
     plan = Plan(EPOCHS, BATCH, tuple(loader.dataset.rows(s) for s in range(4)), accumulate=kind.accumulate)
@@ -188,14 +190,15 @@ def plain_loop(kind: type[TorchTrainable], loader: VisitLoader, lr: float) -> tu
     model, optimizer, *rest = trainable.build({"lr": lr}, plan)
     if kind.precision == "bf16-true":
         model.to(torch.bfloat16)
+    model.to(device)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(kind.precision)
-    scaler = torch.amp.GradScaler("cpu", enabled=half is torch.float16)
+    scaler = torch.amp.GradScaler(device, enabled=half is torch.float16)
     model.train()
     rates = []
     for _ in range(EPOCHS):
         for number, batch in enumerate(loader, 1):
-            with torch.autocast("cpu", dtype=half, enabled=half is not None):
-                loss = trainable.training_step(model, batch)
+            with torch.autocast(device, dtype=half, enabled=half is not None):
+                loss = trainable.training_step(model, [part.to(device) for part in batch])
             scaler.scale(loss / kind.accumulate if kind.accumulate > 1 else loss).backward()
             if number % kind.accumulate == 0 or number == len(loader):
                 if kind.clip_norm:
@@ -219,7 +222,7 @@ def checksum(optimizer: torch.optim.Optimizer) -> float:
     for index, (_, values) in enumerate(optimizer.state.items()):
         for name in sorted(values):
             if isinstance(values[name], torch.Tensor):
-                bits = values[name].detach().double().flatten()
+                bits = values[name].detach().cpu().double().flatten()
                 total += float((bits * torch.arange(1, bits.numel() + 1, dtype=torch.float64)).sum()) * (index + 1)
     return total
 
@@ -236,11 +239,18 @@ def spied(kind: type[TorchTrainable]) -> type[TorchTrainable]:
     return Spied
 
 
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        request.getfixturevalue("gpu")
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def cerebro(train: ShardedDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cerebro]:
+def cerebro(device: str, train: ShardedDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cerebro]:
     with Cerebro(
         train, epochs=EPOCHS, batch_size=BATCH, workers=2, placement="pinned", report_every="epoch", seed=5,
-        run_dir=tmp_path_factory.mktemp("runs"), progress=False,
+        devices=device, run_dir=tmp_path_factory.mktemp("runs"), progress=False,
     ) as cerebro:  # fmt: skip
         yield outliving(cerebro)
 
@@ -250,19 +260,21 @@ def cerebro(train: ShardedDataset, tmp_path_factory: pytest.TempPathFactory) -> 
     [Momentum, OneCycle, Accumulating, Mixed, HalfTrue, Scaled, Tied, SplitBuffers, MasterWeights],
     ids=lambda k: k.__name__,
 )
-def test_hops_equal_a_plain_loop(cerebro: Cerebro, kind: type[TorchTrainable], train: ShardedDataset) -> None:
+def test_hops_equal_a_plain_loop(
+    cerebro: Cerebro, device: str, kind: type[TorchTrainable], train: ShardedDataset
+) -> None:
     results = cerebro.fit(spied(kind), [{"lr": 0.05}, {"lr": 0.01}], metric="train_loss")
     torch.set_num_threads(1)
     for index, result in enumerate(results):
         assert result.status == "finished", result.error
         assert {worker for *_, worker in result.visits} == {"worker-0", "worker-1"}
         loader = VisitLoader(train, result.visits, batch_size=BATCH, seed=5, trial_index=index)
-        model, optimizer, rates = plain_loop(kind, loader, result.config["lr"])
+        model, optimizer, rates = plain_loop(kind, loader, result.config["lr"], device)
         weights = load_file(Path(str(result.last_checkpoint)))
         expected = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
         assert weights.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert torch.equal(weights[name], tensor), name
+            assert torch.equal(weights[name], tensor.cpu()), name
         assert [report["rate"] for report in result.history] == rates
         assert result.history[-1]["optimizer"] == checksum(optimizer)
 

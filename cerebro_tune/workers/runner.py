@@ -43,7 +43,7 @@ class UnitRunner:
         stand_still: Callable[[OSError], object],
     ) -> None:
         self.worker, self.device, self._grow, self._stand_still = worker, device, grow, stand_still
-        self._buffers = BufferCache()
+        self._buffers = BufferCache(pinned=device.startswith("cuda"))
         self._seats: dict[str, Trainable] = {}
         self._configs: dict[str, bytes] = {}
         self._brought: dict[str, Recipe] = {}

@@ -95,6 +95,8 @@ class HopController(TuneController):
             self._record.secure()
             mark(self._search_alg, self._record.count)
         super().save_to_dir()
+        if self._record is not None:
+            self._record.keep(Path(self._storage.experiment_driver_staging_path).glob(f"*{self._session_str}.*"))
 
     def resume(self, resume_config: Any) -> None:
         """Take up an experiment whose driver has died, with the scheduler as it was, and every trial where it was."""
@@ -105,6 +107,7 @@ class HopController(TuneController):
                     "in its folder where that is on this machine: it can go on in stock Ray, from its checkpoints."
                 )
             check_resume(resume_config)
+            self._record.give_back()
             self._scheduler_alg = FIFOScheduler()  # Ray adds the trials as if they were new
             super().resume(ResumeConfig())
             self._scheduler_alg = self._told

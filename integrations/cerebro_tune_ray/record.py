@@ -8,12 +8,17 @@ state that it goes on from always agree. A trial is noted as the text that Ray m
 Kills: rows and states survive them as soon as they are written. Power: whenever Ray writes its own state, the disk is
 first made to hold the record and every state that it names, `secure`; these states are kept until the next time. Rows
 that came since may survive without their states, which their digests tell: then all goes back to where it was secured.
+
+Ray copies its files to the experiment's folder one by one and over those of before, so that a death can leave them cut
+or of two times. What it wrote lies in the record too, as one file that is there whole.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -29,12 +34,14 @@ from cerebro_tune.ledger import FullDisk, Ledger
 from cerebro_tune.recovery import understood
 from cerebro_tune.statefile import load_into, sync
 from cerebro_tune.warn import warn_user
+from cerebro_tune.wholefile import whole_file
 from cerebro_tune_ray.rows import BACK, SECURED, STOOD, Call, Past, Standing, file_name
 
 T = TypeVar("T")
 
 FOLDER = "cerebro"
 FORMAT = 1
+_RAYS = "ray.zip"
 _ANEW = (
     "begin a new experiment under another name; stock Ray goes on from this one's checkpoints (ray.tune.Tuner.restore)"
 )
@@ -58,6 +65,8 @@ class Record:
         self.folder = experiment / FOLDER
         self._over = False
         journal = Journal(self.folder, keeper=EXPERIMENT, anew=anew)
+        if anew:
+            (self.folder / _RAYS).unlink(missing_ok=True)
         self._disk = FullDisk(CLOCK, _say, lambda: self._over)
         self._ledger = Ledger(journal, self._disk)
         self._past = Past()
@@ -162,6 +171,34 @@ class Record:
         self._insecure = False
         self._remove(before - self._past.secured.keys())
 
+    def keep(self, files: Iterable[Path]) -> None:
+        """Keep what Ray has written of the experiment's state, all of one time."""
+        written = list(files)
+
+        def write() -> None:
+            with whole_file(self.folder / _RAYS, durable=True) as file, zipfile.ZipFile(file, "w") as archive:
+                for each in written:
+                    archive.write(each, each.name)
+
+        self.patiently(write)
+
+    def give_back(self) -> None:
+        """Put what was kept of Ray's where it looks for it; DamagedStateError where that is not as it was written."""
+        kept = self.folder / _RAYS
+        if not kept.exists():  # no state was ever secured, or a version wrote the record that kept none
+            return
+        try:
+            with zipfile.ZipFile(kept) as archive:
+                files = {Path(name).name: archive.read(name) for name in archive.namelist()}
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise DamagedStateError(
+                f"The experiment in {self.folder.parent} cannot go on: {kept} is not as it was written ({error}). "
+                f"Restore its folder from a copy, or {_ANEW}."
+            ) from error
+        for name, content in files.items():
+            with whole_file(self.folder.parent / name) as file:
+                file.write(content)
+
     def mend(self) -> None:
         """Go back to where all was secured last if a state is lost; DamagedStateError if one is that was there then."""
         wrong = self._damage()
@@ -211,7 +248,8 @@ class Record:
     def _clear_strays(self) -> None:
         """Remove states that nothing goes back to: of writes that a death has cut short, or that were let go of."""
         known = self._past.standings.keys() | self._past.secured.keys()
-        self._remove(path.name for path in self.folder.glob("*.safetensors*") if path.name not in known)
+        states = {path.name for path in self.folder.glob("*.safetensors*")} - known
+        self._remove([*states, *(path.name for path in self.folder.glob(f"{_RAYS}.*"))])
 
     def _remove(self, files: Iterable[str]) -> None:
         for file in files:
