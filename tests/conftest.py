@@ -33,9 +33,31 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with Ray come last: once it runs, processes and sockets of its own come and go until the session ends."""
-    items.sort(key=lambda item: "ray_session" in getattr(item, "fixturenames", ()))
+    """Tests with Ray come last: once it runs, processes and sockets of its own come and go until the session ends.
+
+    Where several processes share the tests, one has all of these, and each file is one's.
+    """
+    items.sort(key=_needs_ray)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.path.stem))
+
+
+def _needs_ray(item: pytest.Item) -> bool:
+    return "ray_session" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Where several processes share the tests, this one tells what the others have to."""
+    soak.told += node.workeroutput.get("told", ())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand on what the tests of faults did."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["told"] = soak.told
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
