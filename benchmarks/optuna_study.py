@@ -37,10 +37,10 @@ from _sizes import sized
 from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune_optuna import optimize, pruners
 
-CONFIGS, SEEDS, LIVE = sized(4, 12), sized(1, 3, 5), sized((4,), (2, 3, 4, 8))
+CONFIGS, SEEDS, LIVE = sized(4, 12), sized(1, 3, 5), sized((4,), (2, 4), (2, 3, 4, 8))
 OURS = 2 * stock.WORKERS
 PRUNED_TRIALS = sized(8, 32)
-CURVE_SEEDS, CURVE_STEPS, CURVE_BUDGET = 20, stock.EPOCHS * stock.SHARDS, 16
+CURVE_LIVE, CURVE_SEEDS, CURVE_STEPS, CURVE_BUDGET = (2, 3, 4, 8), 20, stock.EPOCHS * stock.SHARDS, 16
 _T_95 = 2.093  # Student's t for 20 - 1 degrees of freedom
 
 
@@ -233,7 +233,7 @@ def play(seed: int, live: int, pruner: Any) -> float:
 
 def on_curves(report: Report) -> None:
     values = {"stock, median, 2 lanes": [play(s, 2, optuna.pruners.MedianPruner()) for s in range(CURVE_SEEDS)]}
-    for live in LIVE:
+    for live in CURVE_LIVE:
         values[f"hops, median, {live} live"] = [play(s, live, pruners.MedianPruner()) for s in range(CURVE_SEEDS)]
     for name, found in values.items():
         report.add(f"curves: {name}: best, mean of {CURVE_SEEDS}", statistics.mean(found), None, "")

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,24 @@ def test_a_shard_is_opened_by_its_class_alone(data: ShardedDataset) -> None:
     manifest = data._manifest
     shard = TableShard(data.file(0), manifest.shards[0], manifest.schema, ["row"])
     assert shard.rows == data.rows(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are held")
+def test_a_worker_holds_the_pages_of_the_shard_that_it_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cerebro_tune.data.shard._LARGE_BYTES", 1 << 20)
+    x = np.random.default_rng(0).random((4_000, 1_000), np.float32)
+    table = pa.table({"x": pa.FixedSizeListArray.from_arrays(x.ravel(), 1_000)})
+    data = ShardedDataset.write(table, tmp_path / "train", num_shards=4)
+    first = [data.gather(data.numbers(index)[::7], BatchForm(), index) for index in range(4)]
+    assert [held_mb(data.file(index)) for index in range(4)] == [0, 0, 0, pytest.approx(4, abs=1)]
+    again = [data.gather(data.numbers(index)[::7], BatchForm(), index) for index in range(4)]
+    assert all(torch.equal(one, other) for (one,), (other,) in zip(first, again, strict=True))
+
+
+def held_mb(path: Path) -> float:
+    """Of a mapped file, the pages that this process holds."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    held = [next(row for row in lines if row.startswith("Rss:")) for line in lines if line.endswith(str(path))]
+    return sum(int(row.split()[1]) for row in held) / 1e3

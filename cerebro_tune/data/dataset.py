@@ -43,6 +43,7 @@ class ShardedDataset(RowSet):
         self._manifest = manifest
         self._bounds = np.cumsum([0, *(entry.rows for entry in manifest.shards)])
         self._shards: dict[int, TableShard] = {}
+        self._visited: TableShard | None = None
         self._checked: set[int] = set()
 
     @classmethod
@@ -163,7 +164,7 @@ class ShardedDataset(RowSet):
             raise DataError(f"no columns selected; choose among {', '.join(map(repr, self.columns))}")
         view = copy.copy(self)
         view.columns = tuple(columns)
-        view._shards = {}
+        view._shards, view._visited = {}, None
         return view
 
     def shard(self, index: int) -> TableShard:
@@ -193,6 +194,7 @@ class ShardedDataset(RowSet):
     def release(self) -> None:
         """Forget the mapped shards; memory goes back when no batch iterator uses them any more."""
         self._shards.clear()
+        self._visited = None
 
     def batches_of(self, batch_size: int, form: BatchForm, rows: Rows | None = None) -> Iterator[Batch]:
         """Batches of all rows, or of the `rows` numbered across the set, in order; the last may be short."""
@@ -203,9 +205,9 @@ class ShardedDataset(RowSet):
             start += size
 
     def gather(self, numbers: Rows, form: BatchForm, shard: int | None = None) -> Batch:
-        """The batch of these rows, which may lie in several shards unless it is said in which."""
+        """The batch of these rows, which may lie in several shards unless it is said in which: that of a unit."""
         if shard is not None:
-            return self.shard(shard).gather(numbers - self._bounds[shard], form)
+            return self._visit(shard).gather(numbers - self._bounds[shard], form)
         owner = np.searchsorted(self._bounds, numbers, side="right") - 1
         cuts = np.flatnonzero(np.diff(owner)) + 1
         if not len(cuts):
@@ -216,6 +218,14 @@ class ShardedDataset(RowSet):
             index = int(np.searchsorted(self._bounds, part[0], side="right")) - 1
             pieces.append(self.shard(index).take(part - self._bounds[index], names))
         return form.assemble(names, [_join(column) for column in zip(*pieces, strict=True)])
+
+    def _visit(self, shard: int) -> TableShard:
+        """The shard of a unit; that of the unit before is left."""
+        here = self.shard(shard)
+        if self._visited is not None and self._visited is not here:
+            self._visited.leave()
+        self._visited = here
+        return here
 
     @property
     def _place(self) -> str:

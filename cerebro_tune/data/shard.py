@@ -6,6 +6,8 @@ the manifest before Arrow sees them.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from cerebro_tune.data.columns import Column
 
 _BLOCK_BYTES = 4 << 20
+_LARGE_BYTES = 32 << 20  # of a shard: below it, to map the pages again would cost more than holding them
+_DONTNEED = 4  # MADV_DONTNEED of Linux, which `mmap` offers for its own mappings only
 
 
 class TableShard:
@@ -42,7 +46,7 @@ class TableShard:
 
         self.rows = entry.rows
         self._columns = tuple(columns)
-        mapped = torch.from_file(str(path), shared=False, size=entry.bytes, dtype=torch.uint8)
+        self._mapped = mapped = torch.from_file(str(path), shared=False, size=entry.bytes, dtype=torch.uint8)
         content = pa.py_buffer(mapped.numpy())  # type: ignore[arg-type]  # an array is a buffer; its stubs say so from 3.12
         batch = _only_batch(content, str(path), entry, schema)
         self._by_name: dict[str, Column] = {
@@ -67,6 +71,12 @@ class TableShard:
         for rows in _as_tensor(order[: sum(sizes)]).split_with_sizes(list(sizes)):
             values = [column.take(rows) for column in columns]
             yield tuple(values) if plain else form.assemble(names, values)
+
+    def leave(self) -> None:
+        """Give the pages of a large shard back; they stay in the system's cache while it has room, and come again."""
+        if self._mapped.numel() >= _LARGE_BYTES and sys.platform == "linux":
+            address, length = ctypes.c_void_p(self._mapped.data_ptr()), ctypes.c_size_t(self._mapped.numel())
+            ctypes.CDLL(None).madvise(address, length, _DONTNEED)
 
     def _named(self, names: Sequence[str]) -> list[Column]:
         require_columns(names, tuple(self._by_name))
