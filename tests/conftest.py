@@ -37,11 +37,11 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with Ray come last: once it runs, processes and sockets of its own come and go until the session ends.
 
-    Where several processes share the tests, one has all of these, and each file is one's.
+    Where several processes share the tests, each file is one's, and what of it needs Ray may be another's.
     """
     items.sort(key=_needs_ray)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.path.stem))
+        item.add_marker(pytest.mark.xdist_group(item.path.stem + (" with Ray" if _needs_ray(item) else "")))
 
 
 def _needs_ray(item: pytest.Item) -> bool:

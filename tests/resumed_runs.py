@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +78,11 @@ def die_at(row: int, before: bool) -> None:
 
 def in_child(call: Callable[[], object]) -> int:
     """Make a call in a fork of this process; returns its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(started(call), 0)[1])
+
+
+def started(call: Callable[[], object]) -> int:
+    """The fork of this process that makes a call."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -91,9 +95,4 @@ def in_child(call: Callable[[], object]) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-if __name__ == "__main__":
-    where, workers = sys.argv[1:]
-    fit(Path(where), backend="local", workers=int(workers))
+    return pid

@@ -7,8 +7,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -26,7 +24,6 @@ from torch import nn
 
 import lightning_nets
 import nets
-import resumed_runs
 import soak
 from cerebro_tune import Cerebro, Decision
 from cerebro_tune.configtext import config_text
@@ -37,7 +34,7 @@ from cerebro_tune.recovery import MOVED, RELEASED, Replayed
 from cerebro_tune.settings import TrainAll
 from cerebro_tune.trainable import as_recipe
 from cerebro_tune_lightning import LightningTrainable
-from resumed_runs import CONFIGS, Mixed, die_at, fit, in_child, one_thread
+from resumed_runs import CONFIGS, Mixed, die_at, fit, in_child, one_thread, started
 from runs import outcome, weights
 
 KILLS = 40
@@ -132,17 +129,18 @@ def test_it_goes_on_with_other_numbers_of_workers(sets: Path) -> None:
 
 def killed(folder: Path, rows: int, workers: int, spare_workers: bool = True) -> bool:
     """Kill a coordinator when its journal has so many rows, alone or with all its processes; false if it has ended."""
-    command = [sys.executable, resumed_runs.__file__, str(folder), str(workers)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while process.poll() is None and _count(folder) < rows:
-        time.sleep(0.002)
-    with suppress(psutil.NoSuchProcess):
-        for child in [] if spare_workers else psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-    process.kill()
-    _, said = process.communicate()
-    assert process.returncode in (0, -9), said.decode()
-    return process.returncode == -9
+    pid = started(lambda: fit(folder, backend="local", workers=workers))
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and _count(folder) < rows:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        for child in [] if spare_workers else psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        os.kill(pid, signal.SIGKILL)
+        ended = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(ended[1])
+    assert code in (0, -9)
+    return code == -9
 
 
 def _count(folder: Path) -> int:
