@@ -257,6 +257,8 @@ class Run:
         self._shown = True
         self._assemble()
         if self._past is None:
+            if self._durable is not None:
+                self._durable.clear_strays()  # of a time that a loss of power has undone to the first row
             self._let_join()
         else:
             self._go_on_from(self._past)

@@ -147,6 +147,19 @@ def _count(folder: Path) -> int:
     return len(journal_of(folder)) if (folder / "run-0000" / "journal.sqlite").exists() else 0
 
 
+@pytest.mark.parametrize("row", [0, 1, 40])
+def test_states_of_a_time_that_is_undone_are_cleared_away(sets: Path, undisturbed: Any, row: int) -> None:
+    folder = sets / f"undone-{row}"
+    assert in_child(lambda: (die_at(max(row, 1), not row), fit(folder))) == -9
+    assert len(journal_of(folder)) == row
+    states = folder / "run-0000" / "states"
+    states.mkdir(exist_ok=True)
+    for name in ("trial-0000-2.safetensors.6301c6d6.partial", "trial-0003-9.safetensors"):
+        (states / name).write_bytes(b"cut")
+    assert ended(fit(folder)) == ended(undisturbed)
+    assert not states.exists()
+
+
 @pytest.mark.parametrize("policy", ["auto", "random"])
 def test_with_other_policies_every_unit_is_trained_once(sets: Path, policy: str) -> None:
     folder = sets / policy
