@@ -52,7 +52,7 @@ HEADLINES = {
     "peak memory beside two Optuna processes": "memory beside two Optuna processes",
     "empty unit, 1 MB of state, 2 workers": "for an empty unit, hop, report and journal included",
     "what hopping adds to a unit": "more for a unit through Lightning than in one long fit",
-    "real, * seeds: time / whole epochs' whole time*": "of whole-epoch ASHA's time, with rungs from one shard on, for its accuracy",
+    "real, * seeds: time / whole epochs' whole time*": "of ASHA's time by whole epochs, with rungs from one shard on",
     "1000 live trials, 8 shared*at a time: 128": "scheduled for 128 workers, journal on",
     "from nothing to the first batch, a LightningModule": "from `python script.py` to the first batch on two workers",
     "8 shards: wall clock spent validating on subsets": "of the wall clock for validating after each of 8 shards",
