@@ -5,6 +5,9 @@ per config over batches gathered by index, one after another in a process that h
 data; ours is `Cerebro.fit` on two workers. Both validate the 10,000 images once an epoch, and each process has one
 thread. The figure is plain's time / (2 x our wall clock).
 
+Two cores of one machine share caches and memory, and are slower side by side than one alone: what that leaves is what
+two plain processes reach that share nothing, with the configs dealt out between them. It stands beside ours.
+
 Start-up excluded: the workers have trained before. Included: from `Cerebro(...)` until it is closed again. Default
 validation: also on a subset after each unit, with plain still validating once an epoch.
 
@@ -24,7 +27,7 @@ import _cnn
 from _cnn import FASHION, Grid, Task, of_fashion
 from _report import Report
 from _sizes import sized
-from _turns import Contender, started
+from _turns import Contender, Opened, started
 
 GRID: Grid = {"lr": sized([1e-3, 3e-3], [3e-4, 1e-3, 3e-3, 1e-2]), "width": [16], "dropout": [0.0, 0.2]}
 ROUNDS = sized(1, 3, 5)
@@ -63,26 +66,34 @@ def main() -> int:
             report.not_run(f"efficiency, {name}", _cnn.NO_FASHION, row=1)
         return report.finish()
     found: dict[str, list[float]] = {how: [] for how in OURS}
+    apart: list[float] = []
     task = sized(of_fashion(12_000), FASHION)
-    with started({"plain": partial(_cnn.one_after_another, task), "ours": partial(ours, task)}) as contenders:
-        plain, hopping = contenders["plain"], contenders["ours"]
-        warm_up(plain, hopping)
+    opened: dict[str, Opened] = {
+        "plain": partial(_cnn.one_after_another, task),
+        "apart": partial(_cnn.two_processes, task),
+        "ours": partial(ours, task),
+    }
+    with started(opened) as contenders:
+        warm_up(contenders)
         for _ in range(ROUNDS):
-            alone = plain.turn(GRID).wall_s
+            alone = contenders["plain"].turn(GRID).wall_s
+            apart.append(alone / (WORKERS * contenders["apart"].turn(GRID).wall_s))
             for how, efficiencies in found.items():
-                efficiencies.append(alone / (WORKERS * hopping.turn(GRID, how).wall_s))
+                efficiencies.append(alone / (WORKERS * contenders["ours"].turn(GRID, how).wall_s))
     for how, (name, bar) in OURS.items():
         figure = statistics.median(found[how])
         report.add(f"efficiency, {name}", figure, bar, at_most=False, row=1, runs=found[how])
+    report.add("efficiency of two plain processes", statistics.median(apart), at_most=False, row=1, runs=apart)
     return report.finish()
 
 
-def warm_up(plain: Contender, hopping: Contender) -> None:
+def warm_up(contenders: dict[str, Contender]) -> None:
     """Each has trained before: the first fit of a process is slower."""
     few: Grid = {"lr": [1e-3, 3e-3], "width": [16], "dropout": [0.0]}
-    plain.turn(few)
-    hopping.turn(few, "warm")
-    hopping.turn(few, "unit")
+    contenders["plain"].turn(few)
+    contenders["apart"].turn(few)
+    contenders["ours"].turn(few, "warm")
+    contenders["ours"].turn(few, "unit")
 
 
 if __name__ == "__main__":

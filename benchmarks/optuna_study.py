@@ -37,7 +37,7 @@ from _sizes import sized
 from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune_optuna import optimize, pruners
 
-CONFIGS, SEEDS, LIVE = sized(4, 12), sized(1, 3, 5), sized((4,), (2, 4), (2, 3, 4, 8))
+CONFIGS, SEEDS, LIVE = sized(4, 12), sized(1, 3, 5), sized((4,), (4,), (2, 3, 4, 8))
 OURS = 2 * stock.WORKERS
 PRUNED_TRIALS = sized(8, 32)
 CURVE_LIVE, CURVE_SEEDS, CURVE_STEPS, CURVE_BUDGET = (2, 3, 4, 8), 20, stock.EPOCHS * stock.SHARDS, 16
