@@ -41,10 +41,10 @@ def stock_function(task: Task) -> Iterator[Callable[..., int]]:
 
 
 @contextmanager
-def ours(task: Task, **options: Any) -> Iterator[Callable[[Grid], int]]:
-    """By hops between two workers, with these options of the executor."""
+def ours(task: Task) -> Iterator[Callable[[Grid], int]]:
+    """By hops between two workers."""
     quiet()
-    with ray_tune() as run, written(task) as executor, executor(workers=2, **options) as cerebro:
+    with ray_tune() as run, written(task) as executor, executor(workers=2) as cerebro:
         yield partial(_search, partial(run, executor=cerebro), task.module, task)
 
 

@@ -33,7 +33,7 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for its marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with Ray come last: once it runs, processes and sockets of its own come and go until the session ends.
 
@@ -51,7 +51,7 @@ def _needs_ray(item: pytest.Item) -> bool:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Where several processes share the tests, this one tells what the others have to."""
-    soak.told += node.workeroutput.get("told", ())
+    soak.told += getattr(node, "workeroutput", {}).get("told", ())  # one that crashed has none
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

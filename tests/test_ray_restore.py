@@ -248,6 +248,29 @@ def test_what_ray_has_written_may_be_cut_by_a_death(
     assert scores(grid) == scores(expected)
 
 
+def test_what_was_kept_of_ray_is_given_back_as_it_was_or_not_at_all(tmp_path: Path) -> None:
+    experiment = tmp_path / "search"
+    record = Record(experiment, {})
+    contents_of = {"experiment_state-1.json": b'{"trials": 6}' * 9, "searcher-state-1.pkl": bytes(range(256))}
+    for name, content in contents_of.items():
+        (tmp_path / name).write_bytes(content)
+    record.keep([tmp_path / name for name in contents_of])
+    kept = record.folder / "ray.zip"
+    whole, refused = kept.read_bytes(), 0
+    for place in range(len(whole)):
+        kept.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            record.give_back()
+        except DamagedStateError:
+            refused += 1
+            continue
+        for name, content in contents_of.items():
+            assert (experiment / name).read_bytes() == content
+        assert {path.name for path in experiment.iterdir()} == {*contents_of, "cerebro"}
+    assert refused > len(whole) // 2
+    record.close(over=False)
+
+
 def test_an_experiment_has_one_driver(folder: Path, whole: Whole) -> None:
     _, expected = whole("asha")
     first = driver("asha", folder, 1, KILL_AT="9", SIGNAL="SIGSTOP")

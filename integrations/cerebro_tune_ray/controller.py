@@ -91,12 +91,13 @@ class HopController(TuneController):
 
     def save_to_dir(self) -> None:
         """Ray's own, once the disk has the record, with a mark in the searcher's state: up to which call it goes."""
-        if self._record is not None:
-            self._record.secure()
-            mark(self._search_alg, self._record.count)
+        if self._record is None:
+            super().save_to_dir()
+            return
+        self._record.secure()
+        mark(self._search_alg, self._record.count)
         super().save_to_dir()
-        if self._record is not None:
-            self._record.keep(Path(self._storage.experiment_driver_staging_path).glob(f"*{self._session_str}.*"))
+        self._record.keep(Path(self._storage.experiment_driver_staging_path).glob(f"*{self._session_str}.*"))
 
     def resume(self, resume_config: Any) -> None:
         """Take up an experiment whose driver has died, with the scheduler as it was, and every trial where it was."""

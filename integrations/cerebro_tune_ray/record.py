@@ -190,7 +190,14 @@ class Record:
         try:
             with zipfile.ZipFile(kept) as archive:
                 files = {Path(name).name: archive.read(name) for name in archive.namelist()}
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # by what was hit
             raise DamagedStateError(
                 f"The experiment in {self.folder.parent} cannot go on: {kept} is not as it was written ({error}). "
                 f"Restore its folder from a copy, or {_ANEW}."
