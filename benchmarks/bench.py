@@ -3,8 +3,9 @@
     make bench                     # all of them
     python benchmarks/bench.py --only hops loader     # a part, into results/part.json, of which nothing is rendered
 
-A benchmark that fails is told among the results, and the others go on; the exit code is then 1. So it is when a bar was
-missed and `misses.md` gives no reason. FULL=1 takes more seeds and runs, SMALL=1 finds out whether all of them work.
+The file is written anew after each benchmark. One that fails is told among the results, and the others go on; the exit
+code is then 1. So it is when a bar was missed and `misses.md` gives no reason. FULL=1 takes more seeds and runs, SMALL=1
+finds out whether all of them work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -58,11 +60,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=SCRIPTS, help=", ".join(SCRIPTS))
     only = parser.parse_args().only
-    results = measure(only or SCRIPTS)
-    folder = HERE / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / ("part.json" if only else f"{date.today()}.json")
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path = HERE / "results" / ("part.json" if only else f"{date.today()}.json")
+    path.parent.mkdir(exist_ok=True)
+    results = measure(only or SCRIPTS, path)
     unexplained = [] if only else render.write(path)
     unexplained = [] if SIZE == "small" else unexplained  # its misses are of no meaning
     failed = [script["name"] for script in results["scripts"] if script["error"]]
@@ -72,17 +72,21 @@ def main() -> int:
     return int(bool(failed or unexplained))
 
 
-def measure(names: tuple[str, ...] | list[str]) -> dict[str, Any]:
-    """The results of these scripts, and where and how they were measured."""
+def measure(names: Sequence[str], path: Path) -> dict[str, Any]:
+    """The results of these scripts, and where and how they were measured; written to a file after each of them."""
     began = perf_counter()
-    scripts = [run_script(name) for name in names]
-    return {
+    results: dict[str, Any] = {
         "date": str(date.today()),
         "size": SIZE,
-        "seconds": round(perf_counter() - began),
+        "seconds": 0,
         "machine": machine(),
-        "scripts": scripts,
+        "scripts": [],
     }
+    for name in names:
+        results["scripts"].append(run_script(name))
+        results["seconds"] = round(perf_counter() - began)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def run_script(name: str, **variables: str) -> dict[str, Any]:

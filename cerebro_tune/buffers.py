@@ -27,7 +27,7 @@ _NO_ROOM = {errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT}
 _ZEROS = bytes(1 << 20)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BufferRef:
     """How another process finds a buffer; keys are never used twice."""
 

@@ -20,8 +20,9 @@ def is_event(kind: str) -> bool:
 
 def to_plain(value: Any) -> Any:
     """An event, or a part of one, as JSON has it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    kind: type = type(value)
+    if (names := _names(kind)) is not None:
+        return {name: to_plain(getattr(value, name)) for name in names}
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, Enum):
@@ -43,6 +44,12 @@ def _back(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
     return frozenset(value) if kind == frozenset[int] else value
+
+
+@cache
+def _names(kind: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass; None of another class."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None
 
 
 @cache

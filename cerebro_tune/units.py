@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trial:
     """One configuration to train for `epochs` passes over all shards; `index` is its rank in the run, from 0."""
 
@@ -15,7 +15,7 @@ class Trial:
     epochs: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shard:
     """One partition of the training set, number `index` of them, with `rows` examples."""
 
@@ -23,7 +23,7 @@ class Shard:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unit:
     """One pass of the trial with id `trial` over the shard with index `shard`, in the epoch `epoch` (from 0)."""
 
@@ -36,7 +36,7 @@ class Units(int):
     """A number of units that is meant as such: nobody need ask whether it was written for epochs."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, order=True)
 class WorkerId:
     """The name of a worker; one that was lost may come back under it."""
 

@@ -1,8 +1,8 @@
-"""A small process that has torch imported and forks workers on request.
+"""A small process that has torch imported, and Lightning if need be, and forks workers on request.
 
-Forking takes milliseconds where a fresh interpreter takes seconds to import torch. Unlike multiprocessing's forkserver
-it never imports the user's main module, so unguarded scripts and notebooks work, and it leaves nothing behind: it ends
-when its control socket does, and each worker ends with its own.
+Forking takes milliseconds where a fresh interpreter takes seconds to import torch, and workers share what was
+imported. Unlike multiprocessing's forkserver it never imports the user's main module, so unguarded scripts and
+notebooks work, and it leaves nothing behind: it ends when its control socket does, and each worker ends with its own.
 
 On the control socket: one byte with a worker's socket attached asks for a fork. The answers are (pid, exit status or
 None) as fixed-size structs: None when a worker was forked, its wait status when it ended.
@@ -10,6 +10,8 @@ None) as fixed-size structs: None when a worker was forked, its wait status when
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import select
@@ -19,7 +21,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 ANSWER = struct.Struct("<qq")
 """(pid, wait status), the status -1 for a worker that was just forked."""
@@ -27,6 +29,8 @@ ANSWER = struct.Struct("<qq")
 FORK = b"f"
 
 _LOOK_S = 0.2
+_FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
+"""Imported where the coordinator has them, for every worker at once."""
 
 PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from cerebro_tune.workers.{module} import main; main()"
@@ -36,17 +40,40 @@ PROGRAM = (
 
 def command(module: str, descriptor: int) -> list[str]:
     """The command line of a server, or of a worker in a fresh interpreter, that speaks on this descriptor."""
-    return [sys.executable, "-c", PROGRAM.format(module=module), str(descriptor), json.dumps(sys.path)]
+    frameworks = [name for name in _FRAMEWORKS if name in sys.modules]
+    return [sys.executable, "-c", PROGRAM.format(module=module), str(descriptor), json.dumps(sys.path), *frameworks]
 
 
 def main() -> None:
-    """Serve until the control socket ends."""
+    """Serve until the control socket ends, and end at once: to take torch down takes most of a second."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     with _ending_with(control):
-        import torch._dynamo  # noqa: F401  # imported here once, for every worker: the first optimizer made needs it too
+        _import(sys.argv[3:])
+    _serve(control)
+    sys.stdout.flush()
+    os._exit(0)
 
-        from cerebro_tune.workers import child  # noqa: F401
+
+def _import(frameworks: list[str]) -> None:
+    """Import what every worker needs, and leave all of it to them as it is.
+
+    Without the collector, which looks through a million new objects again and again and finds nothing; frozen, they are
+    not looked at in the workers either, whose pages stay those of this process.
+    """
+    gc.disable()
+    import torch._dynamo  # noqa: F401  # the first optimizer that is made needs it too
+
+    from cerebro_tune.workers import child  # noqa: F401
+
+    for name in frameworks:
+        with suppress(Exception):  # a worker that cannot do without will say why
+            importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+
+
+def _serve(control: socket.socket) -> None:
     bell, bell_end = socket.socketpair()
     for end in (bell, bell_end):
         end.setblocking(False)
