@@ -1,11 +1,14 @@
 """Runs the benchmarks one after another, writes what they found to `results/<date>.json`, and renders it.
 
     make bench                     # all of them
-    python benchmarks/bench.py --only hops loader     # a part, into results/part.json, of which nothing is rendered
+    python benchmarks/bench.py --only hops loader     # a part, in place of what the last results have of it
+
+On another machine, or with other versions or sizes than those of the last results, a part goes to results/part.json,
+of which nothing is rendered: only what one machine has measured stands in one table.
 
 The file is written anew after each benchmark. One that fails is told among the results, and the others go on; the exit
-code is then 1. So it is when a bar was missed and `misses.md` gives no reason. FULL=1 takes more seeds and runs, SMALL=1
-finds out whether all of them work.
+code is then 1. So it is when a bar was missed and `misses.md` gives no reason. FULL=1 takes more seeds and runs,
+SMALL=1 finds out whether all of them work.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ SCRIPTS = (
     "when_not",
 )
 PACKAGES = ("torch", "pytorch-lightning", "ray", "optuna", "numpy", "pyarrow")
+PART = "part.json"
 LIMIT_S = 1800  # for one script: what hangs must not keep the others
 
 
@@ -60,10 +64,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=SCRIPTS, help=", ".join(SCRIPTS))
     only = parser.parse_args().only
-    path = HERE / "results" / ("part.json" if only else f"{date.today()}.json")
-    path.parent.mkdir(exist_ok=True)
-    results = measure(only or SCRIPTS, path)
-    unexplained = [] if only else render.write(path)
+    path, results = begun(only)
+    measure(only or SCRIPTS, path, results)
+    unexplained = [] if path.name == PART else render.write(path)
     unexplained = [] if SIZE == "small" else unexplained  # its misses are of no meaning
     failed = [script["name"] for script in results["scripts"] if script["error"]]
     print(f"\n{path.name}: {results['seconds']:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
@@ -72,21 +75,31 @@ def main() -> int:
     return int(bool(failed or unexplained))
 
 
-def measure(names: Sequence[str], path: Path) -> dict[str, Any]:
-    """The results of these scripts, and where and how they were measured; written to a file after each of them."""
-    began = perf_counter()
-    results: dict[str, Any] = {
-        "date": str(date.today()),
-        "size": SIZE,
-        "seconds": 0,
-        "machine": machine(),
-        "scripts": [],
-    }
+def begun(only: Sequence[str] | None) -> tuple[Path, dict[str, Any]]:
+    """Where the results go, and what they are so far: nothing yet, or those that a part of them is to be put into."""
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    fresh: dict[str, Any] = {"date": str(date.today()), "size": SIZE, "machine": machine(), "scripts": []}
+    if not only:
+        return folder / f"{date.today()}.json", fresh
+    path = render.last()
+    before: dict[str, Any] = json.loads(path.read_text())
+    return (path, before) if _told_apart(before) == _told_apart(fresh) else (folder / PART, fresh)
+
+
+def _told_apart(results: dict[str, Any]) -> list[Any]:
+    """What results must have in common to stand in one table."""
+    return [results["size"], *(results["machine"][key] for key in ("cpu", "cores", "python", "packages"))]
+
+
+def measure(names: Sequence[str], path: Path, results: dict[str, Any]) -> None:
+    """Put what these scripts find into the results, in place of what was there, and write the file after each."""
+    scripts = results["scripts"]
     for name in names:
-        results["scripts"].append(run_script(name))
-        results["seconds"] = round(perf_counter() - began)
+        place = next((at for at, script in enumerate(scripts) if script["name"] == name), len(scripts))
+        scripts[place : place + 1] = [run_script(name)]
+        results["seconds"] = round(sum(script["seconds"] for script in scripts))
         path.write_text(json.dumps(results, indent=1) + "\n")
-    return results
 
 
 def run_script(name: str, **variables: str) -> dict[str, Any]:
@@ -109,7 +122,8 @@ def run_script(name: str, **variables: str) -> dict[str, Any]:
         found = json.loads(rows.read_text()) if rows.exists() else []
     if error := "" if found else _last_line(complaints) or f"exit code {process.returncode}":
         print(complaints, file=sys.stderr)
-    return {"name": name, "seconds": round(perf_counter() - began, 1), "error": error or None, "rows": found}
+    took_s = round(perf_counter() - began, 1)
+    return {"name": name, "date": str(date.today()), "seconds": took_s, "error": error or None, "rows": found}
 
 
 def _last_line(text: str) -> str:

@@ -84,6 +84,12 @@ class Worker:
         copy(*views, used)
         return monotonic() - began
 
+    def digest(self, ref: BufferRef, used: int) -> float:
+        view = self.buffers.open(ref)
+        began = monotonic()
+        state.digest(view, used)
+        return monotonic() - began
+
     def torch_unit(self, path: str, load: bool) -> tuple[float, float]:
         if load:
             tree = torch.load(path, weights_only=True)
@@ -130,20 +136,21 @@ class Bench:
             pipe.send(self.store.grow("trial", answer[1]))
         return answer[1]
 
-    def hops(self, count: int, workers: int) -> tuple[list[float], list[float]]:
-        """Seconds of each hop among so many workers, and of a memcpy of the same size that was made before it."""
-        hops, copies, stepped_before = [], [], 0.0
+    def hops(self, count: int, workers: int) -> tuple[list[float], list[float], list[float]]:
+        """Seconds of each hop among so many workers, and of a memcpy and a digest of as much that came before it."""
+        hops, copies, digests, stepped_before = [], [], [], 0.0
         for index in range(WARMUP + count):
             worker = index % workers
             if index >= WARMUP:
                 _, used, _ = self.store.buffers("trial")
                 source, target = self.store.grow("scratch-a", used), self.store.grow("scratch-b", used)
                 copies.append(self.call(worker, "memcpy", source, target, used))
+                digests.append(self.call(worker, "digest", target, used))
                 stepped_before = self.one((worker + 1) % workers)[1]
             forward_at, stepped_at = self.one(worker)
             hops.append(forward_at - stepped_before)
             stepped_before = stepped_at
-        return hops[WARMUP:], copies
+        return hops[WARMUP:], copies, digests
 
     def one(self, worker: int) -> tuple[float, float]:
         forward_at, stepped_at, used, digest = self.call(worker, "unit", *self.store.buffers("trial"))
@@ -175,11 +182,12 @@ def main() -> int:
             through_torch = bench.torch_hops(4, Path(folder))
             bench.close()
         for way, (_, bar) in WAYS.items():
-            hop, memcpy = (statistics.median(times) * 1e3 for times in measured[way])
+            hop, memcpy, _ = (statistics.median(times) * 1e3 for times in measured[way])
             report.add(f"{megabytes} MB: {way}", hop, 0.5 + bar * memcpy, unit="ms", row=8)
             report.add(f"{megabytes} MB: {way}, in memcpys beyond 0.5 ms", (hop - 0.5) / memcpy, bar, row=8)
-        copies = [seconds for _, each in measured.values() for seconds in each]
-        report.add(f"{megabytes} MB: one memcpy", statistics.median(copies) * 1e3, unit="ms", row=8)
+        for number, name in ((1, "one memcpy"), (2, "one digest")):
+            seconds = [one for times in measured.values() for one in times[number]]
+            report.add(f"{megabytes} MB: {name}", statistics.median(seconds) * 1e3, unit="ms", row=8)
         report.add(f"{megabytes} MB: torch.save and load", statistics.median(through_torch) * 1e3, unit="ms", row=8)
     return report.finish()
 

@@ -133,6 +133,8 @@ def _scripts(results: dict[str, Any]) -> Iterator[str]:
     yield "## The scripts\n"
     for script in results["scripts"]:
         outcome = f"**failed**: `{script['error']}`" if script["error"] else f"{script['seconds']:.0f} s"
+        if script["date"] != results["date"]:
+            outcome += f", measured again on {script['date']}"
         yield f"- `{script['name']}.py`: {outcome}"
 
 

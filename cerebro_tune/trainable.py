@@ -37,6 +37,8 @@ class Plan:
     """Batches that each shard gives; None for as many as the rows fill, the last of which may be smaller."""
     datamodule: Any = None
     """The user's DataModule in this worker, set up, where the data comes from one."""
+    validates: bool = True
+    """Whether there is a validation set."""
 
     @property
     def batches_per_epoch(self) -> int:

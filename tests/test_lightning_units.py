@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import cerebro_tune_lightning
-from cerebro_tune import Plan, ShardedDataset, state
+from cerebro_tune import Cerebro, Plan, ShardedDataset, state
 from cerebro_tune.buffers import Mapped
 from cerebro_tune.data import BatchForm
 from cerebro_tune.data.order import batch_sizes, shard_order
@@ -28,7 +28,7 @@ from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
 from cerebro_tune.trainable import Trainable, UnitWork, as_recipe
 from cerebro_tune_lightning import LightningTrainable
 from cerebro_tune_lightning.adapt import adapt
-from lightning_nets import Adversarial, Average, Busy, Logging, Momentum, OneCycle, Teacher
+from lightning_nets import Adversarial, Average, Busy, Logging, Marked, Momentum, OneCycle, Teacher
 from trees import same
 
 BATCH = 16
@@ -227,6 +227,17 @@ def test_the_trainer_sees_the_whole_horizon_and_leaves_signals_alone(train: Shar
     assert signal.getsignal(signal.SIGTERM) is before
     assert capfd.readouterr() == ("", "")
     hopping.close()
+
+
+def test_a_missing_validation_step_is_told_where_there_is_something_to_validate_with(
+    train: ShardedDataset, validation: ShardedDataset, tmp_path: Path
+) -> None:
+    for given, told in (((train,), nullcontext()), ((train, validation), pytest.warns(match="no `validation_step`"))):
+        with Cerebro(
+            *given, epochs=1, batch_size=BATCH, backend="inline", run_dir=tmp_path / str(len(given)), progress=False
+        ) as executor, told:  # fmt: skip
+            (result,) = executor.fit(Marked, [{"tag": 1.0, "how": "plain"}], metric="train_loss")
+            assert result.error is None
 
 
 # Checkpoints.

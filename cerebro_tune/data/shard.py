@@ -66,10 +66,10 @@ class TableShard:
     def batches(self, order: Rows, sizes: Sequence[int], form: BatchForm) -> Iterator[Batch]:
         """Batches of these sizes, one after another, of the rows in this order."""
         names = form.names(self._columns)
-        columns = self._named(names)
+        take = [column.take for column in self._named(names)]
         plain = form.collate_fn is None and form.transform is None and not form.as_dict
         for rows in _as_tensor(order[: sum(sizes)]).split_with_sizes(list(sizes)):
-            values = [column.take(rows) for column in columns]
+            values = [one(rows) for one in take]
             yield tuple(values) if plain else form.assemble(names, values)
 
     def leave(self) -> None:

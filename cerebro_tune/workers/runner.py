@@ -220,6 +220,7 @@ class UnitRunner:
             accumulate=self._recipe_of(task.unit.trial).accumulate,
             shard_batches=self._data.batch_counts(task.batch_size),
             datamodule=None if self._data.data.module is None else self._data.data.module.module,
+            validates=self._data.data.validation is not None,
         )
 
     def _work(self, task: Task, timer: _ValidationTimer) -> UnitWork:

@@ -57,7 +57,7 @@ class KeptTrainer:
         self._data = LentData(plan.datamodule, module, host)
         self._recording = Recording(self._get("loggers.logger").DummyLogger, loggers)
         self._watcher = make_watcher(import_module(host).Callback, self._data.attach)
-        with quiet():
+        with quiet(plan.validates):
             self.trainer = self._set_up(plan, trainer_kwargs)
         self._fit = self.trainer.fit_loop
         self._epoch = self._fit.epoch_loop

@@ -13,13 +13,14 @@ _NOISE = (
     "The number of training batches .* is smaller than the logging interval",  # the logger here is not the user's
     "(GPU|MPS|TPU) available but not used",  # which device a worker uses is the executor's choice
 )
+_NO_STEP = "You passed in a `val_dataloader` but have no `validation_step`"
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without what Lightning says about a Trainer that is not the user's."""
+def quiet(validates: bool = True) -> Iterator[None]:
+    """Without what Lightning says about a Trainer that is not the user's; nor about what is not validated with."""
     with warnings.catch_warnings(), hushed():
-        for message in _NOISE:
+        for message in _NOISE if validates else (*_NOISE, _NO_STEP):
             warnings.filterwarnings("ignore", message)
         yield
 
