@@ -33,7 +33,6 @@ class LightningTrial(Trainable):
         callbacks = [(f"callbacks[{i}].{type(each).__name__}", each) for i, each in enumerate(self._kept.callbacks)]
         self._attributes = Attributes(lambda: self._owners(callbacks), private, results.is_metric)
         self._asides = carry.Asides(self.module, self._attributes)
-        self._hooked = self._kept.overrides("on_load_checkpoint", "load_state_dict")
 
     @property
     def trainer(self) -> Any:
@@ -87,7 +86,7 @@ class LightningTrial(Trainable):
         tree = dict(state)
         extras = tree.pop(EXTRAS)
         self._begin()
-        if self._hooked:  # which Lightning calls on a fresh build
+        if self._kept.hooked:  # which Lightning calls on a fresh build
             self._attributes.load({})
         saved = dict(tree["state_dict"])
         hook = partial(self._call_load_hook, tree) if self._kept.overrides("on_load_checkpoint") else None
@@ -98,7 +97,7 @@ class LightningTrial(Trainable):
         self._asides.load(extras["asides"])
         self._kept.restore(tree, extras["groups"])
         self._kept.restore_progress(extras["progress"])
-        put = self._attributes.dump() if self._hooked else {}
+        put = self._attributes.dump() if self._kept.hooked else {}
         carried = extras["attributes"]
         self._attributes.load({name: put.get(name, {}) | carried.get(name, {}) for name in {*put, *carried}})
         self._first_rates = extras["first_rates"]
