@@ -46,10 +46,11 @@ TITLES: dict[int | str | None, str] = {
 # What the README tells, under the names of the benchmarks, in which * stands for anything.
 HEADLINES = {
     "efficiency, start-up excluded": "of two cores' time goes into training (8 CNNs, Fashion-MNIST)",
+    "efficiency of two plain processes": "of it does where two plain processes share nothing but the machine",
     "wall clock beside stock Ray Tune, a DataLoader": "wall clock of that search beside stock Ray Tune",
     "wall clock beside stock Ray Tune, a DataLoader, reuse_actors": "beside stock Ray Tune with `reuse_actors=True`",
     "peak memory beside stock Ray Tune": "memory beside stock Ray Tune, 2 GB of data, 2 workers",
-    "peak memory beside two Optuna processes": "memory beside two Optuna processes",
+    "peak memory beside two Optuna processes, gc_after_trial": "memory beside two Optuna processes that collect it",
     "empty unit, 1 MB of state, 2 workers": "for an empty unit, hop, report and journal included",
     "what hopping adds to a unit": "more for a unit through Lightning than in one long fit",
     "real, * seeds: time / whole epochs' whole time*": "of ASHA's time by whole epochs, with rungs from one shard on",
