@@ -84,10 +84,10 @@ def begun(only: Sequence[str] | None) -> tuple[Path, dict[str, Any]]:
         return folder / f"{date.today()}.json", fresh
     path = render.last()
     before: dict[str, Any] = json.loads(path.read_text())
-    return (path, before) if _told_apart(before) == _told_apart(fresh) else (folder / PART, fresh)
+    return (path, before) if _conditions(before) == _conditions(fresh) else (folder / PART, fresh)
 
 
-def _told_apart(results: dict[str, Any]) -> list[Any]:
+def _conditions(results: dict[str, Any]) -> list[Any]:
     """What results must have in common to stand in one table."""
     return [results["size"], *(results["machine"][key] for key in ("cpu", "cores", "python", "packages"))]
 

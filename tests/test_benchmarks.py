@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench  # noqa: E402
 import compare  # noqa: E402
 import render  # noqa: E402
 from _report import ROWS_FILE, Report  # noqa: E402
@@ -86,6 +87,28 @@ def test_a_report_says_what_missed_and_what_was_not_run(
     assert (slow["met"], fast["met"], unknown["not_run"]) == (False, True, "there is no data")
     assert (slow["row"], slow["min"], slow["max"], slow["runs"]) == (1, 1.0, 3.0, 3)
     assert "MISS" in capsys.readouterr().out
+
+
+def test_a_part_takes_the_place_of_what_the_last_results_have_of_it(
+    last: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "run_script", lambda name: {"name": name, "seconds": 1.0})  # which takes minutes
+    names = [script["name"] for script in last["scripts"]]
+    results = {**last, "scripts": list(last["scripts"])}
+    bench.measure(["hops", "unheard"], tmp_path / "results.json", results)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [script["name"] for script in written["scripts"]] == [*names, "unheard"]
+    kept = [script for script in last["scripts"] if script["name"] != "hops"]
+    assert [script for script in written["scripts"] if script["seconds"] != 1.0] == kept
+    assert written["seconds"] == round(2.0 + sum(script["seconds"] for script in kept))
+
+
+def test_a_part_from_elsewhere_is_put_aside(last: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    here = last["machine"]
+    monkeypatch.setattr(bench, "SIZE", last["size"])
+    for machine, file in ((here, last["file"]), (here | {"cpu": "another"}, bench.PART)):
+        monkeypatch.setattr(bench, "machine", lambda machine=machine: machine)
+        assert bench.begun(["hops"])[0].name == file
 
 
 def test_only_ratios_are_compared_and_worse_means_worse() -> None:

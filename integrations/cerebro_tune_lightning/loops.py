@@ -144,7 +144,7 @@ class KeptTrainer:
         self._data.lend(self.trainer)
         connector = self.trainer._checkpoint_connector
         connector._loaded_checkpoint = checkpoint
-        with hushed() if self.hooked else nullcontext():  # it takes as long as the half of what follows
+        with hushed() if self.hooked else nullcontext():  # which takes longer than all that it hushes
             connector.restore_datamodule()
             connector.restore_callbacks()
             connector.restore_precision_plugin_state()

@@ -18,7 +18,10 @@ _NO_STEP = "You passed in a `val_dataloader` but have no `validation_step`"
 
 @contextmanager
 def quiet(validates: bool = True) -> Iterator[None]:
-    """Without what Lightning says about a Trainer that is not the user's; nor about what is not validated with."""
+    """Without what Lightning says about a Trainer that is not the user's.
+
+    `validates` is whether there is anything to validate with: where not, a module need not know how to.
+    """
     with warnings.catch_warnings(), hushed():
         for message in _NOISE if validates else (*_NOISE, _NO_STEP):
             warnings.filterwarnings("ignore", message)
