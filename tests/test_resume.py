@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,10 @@ def units_once(folder: Path) -> None:
 
 
 def test_a_death_at_every_row_of_the_journal(sets: Path, undisturbed: Any) -> None:
-    rows = len(journal_of(sets / "undisturbed"))
-    assert rows > 80
-    for row in range(1, rows + 1):
+    # How many rows there are is not the same each time: a state is not saved that is outrun by the next.
+    for row in count(1):
         folder = sets / f"row-{row}"
-        assert in_child(lambda row=row, folder=folder: (die_at(row, row % 2 == 0), fit(folder))) == -9
+        died = in_child(lambda row=row, folder=folder: (die_at(row, row % 2 == 0), fit(folder)))
         results = fit(folder)
         assert ended(results) == ended(undisturbed), f"after a death at row {row}"
         assert [result.status for result in results] == ["finished", "stopped", "failed", "finished"]
@@ -76,7 +75,11 @@ def test_a_death_at_every_row_of_the_journal(sets: Path, undisturbed: Any) -> No
         units_once(folder)
         left = {path.name for path in (folder / "run-0000").iterdir()}
         assert left == {"journal.sqlite", "lock", *(f"trial-{number:04d}" for number in range(4))}
-    soak.tell(f"{rows} deaths, one at each row of a run's journal: each ended as the undisturbed run, bit for bit")
+        if died == 0:  # it had no such row
+            break
+        assert died == -9
+    assert row > 80
+    soak.tell(f"{row - 1} deaths, one at each row of a run's journal: each ended as the undisturbed run, bit for bit")
 
 
 def test_further_deaths_in_the_middle_of_the_recovery(sets: Path, undisturbed: Any) -> None:
