@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -67,7 +68,7 @@ class LitCnn(pl.LightningModule):
         self.net = self.make(width, dropout)
 
     def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.net(images[:, None] / 255)
+        scores: Tensor = self.net(images if images.is_floating_point() else images[:, None] / 255)
         return scores
 
     def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
@@ -106,7 +107,10 @@ def _images(part: str, rows: int) -> Pair:
 
 
 class Samples(Dataset[Any]):
-    """Images one by one, each made a tensor of floats, as the transforms of the tuners' examples do it."""
+    """Images one by one, each made a tensor and normalized, as the examples of the tuners have it.
+
+    Theirs is the data set of torchvision with its transforms ToTensor and Normalize, which do more steps per row.
+    """
 
     def __init__(self, images: Tensor, digits: Tensor) -> None:
         self.images, self.digits = images, digits
@@ -115,7 +119,9 @@ class Samples(Dataset[Any]):
         return len(self.digits)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        return self.images[row].float(), int(self.digits[row])
+        image = Image.fromarray(self.images[row].numpy())
+        pixels = torch.from_numpy(np.array(image))[None] / 255
+        return (pixels - 0.2860) / 0.3530, int(self.digits[row])
 
 
 class Gathered:
@@ -153,7 +159,7 @@ class Task:
     """What the examples of the tuners would give a DataLoader."""
 
 
-FASHION = Task(LitStrided, fashion, epochs=2, batch=64, shards=8, samples=Samples)
+FASHION = Task(LitStrided, fashion, epochs=2, batch=128, shards=8, samples=Samples)
 
 
 def of_fashion(rows: int, **changes: Any) -> Task:

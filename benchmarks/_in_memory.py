@@ -34,7 +34,7 @@ from cerebro_tune_optuna import optimize
 FLOATS = 4096
 ROWS, VALIDATION_ROWS = sized(8_192, 131_072), 1_000
 BLOCK = 4_096  # rows made at once
-BATCH, SHARDS, EPOCHS, WORKERS = 256, 8, 2, 2
+BATCH, SHARDS, EPOCHS, WORKERS = 256, 8, 1, 2
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 DATA_BYTES = ROWS * FLOATS * 4
 Way = Literal["own copy", "mapped"]

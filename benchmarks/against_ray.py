@@ -1,11 +1,11 @@
 """A search of 8 CNNs on Fashion-MNIST in Ray Tune: by hops beside stock Ray, wall clock of `tune.run`, taking turns.
 
-2 epochs of 60,000 images, batches of 64, one thread per worker, two CPUs. Ours has default settings: a report after
+2 epochs of 60,000 images, batches of 128, one thread per worker, two CPUs. Ours has default settings: a report after
 each of the 8 shards with a validation on a subset, and on all 10,000 images at the end of an epoch. Stock has a
 function trainable, which reports and validates once an epoch, with an actor for each trial or two that are handed on
-(`reuse_actors=True`). Each of its trials loads the data for itself, and has a DataLoader over a data set whose rows are
-made tensors one by one, as in the examples of Ray (theirs do more per row, and start 4 loader processes per trial, for
-which two cores have no room), or batches that are gathered by index, as ours are.
+(`reuse_actors=True`). Each of its trials loads the data for itself, and has a DataLoader over images that are made
+tensors and normalized one by one, as in the examples of Ray (those with Lightning start 4 loader processes per trial,
+for which two cores have no room), or batches that are gathered by index, as ours are.
 
 What Ray and the executor take to start is in no figure: each has had a turn before.
 """

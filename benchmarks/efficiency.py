@@ -1,6 +1,6 @@
 """Compute-bound efficiency: what of two workers' time goes into training that plain Lightning would do as well.
 
-8 configs of a CNN x 2 epochs x 60,000 images of Fashion-MNIST in 8 shards, batches of 64. Plain is one `Trainer.fit`
+8 configs of a CNN x 2 epochs x 60,000 images of Fashion-MNIST in 8 shards, batches of 128. Plain is one `Trainer.fit`
 per config over batches gathered by index, one after another in a process that has imported everything and loaded the
 data; ours is `Cerebro.fit` on two workers. Both validate the 10,000 images once an epoch, and each process has one
 thread. The figure is plain's time / (2 x our wall clock).

@@ -76,7 +76,7 @@ def seconds(act: Any) -> float:
 
 def efficiency(report: Report) -> None:
     _cnn.quiet()
-    task = replace(sized(of_fashion(12_000), FASHION), module=LitCnn, batch=128)
+    task = replace(sized(of_fashion(12_000), FASHION), module=LitCnn)
     options: dict[str, Any] = {"devices": "cuda", "report_every": "epoch"}
     trainable = LightningTrainable(task.module, trainer_kwargs={"precision": PRECISION})
     found: dict[int, list[float]] = {count: [] for count in WORKERS}

@@ -1,14 +1,19 @@
 """What a unit costs through Lightning, beyond what the same batches cost inside one long `Trainer.fit`.
 
-One trial on 2 local workers with pinned shards, so that units hop, validated after each; and a plain fit over the same
-batches, which validates as often and on the same rows. The two take turns. A figure is the median over a run's units of
-the wall clock from report to report, and from shard to shard; the bar is on the median difference of the runs.
+Two trials on 2 local workers with pinned shards, so that every unit hops and both workers have work, validated after
+each unit; and two plain fits side by side in processes of their own, over the same batches, which validate as often and
+on the same rows. The two take turns. A figure is the median over a run's units of the wall clock from report to report,
+and from shard to shard; the bar is on the median difference of the runs.
+
+One trial alone is measured as well, beside one plain fit: its workers sleep in turns, and a core that has slept begins
+with empty caches, which a plain loop that sleeps as long between its shards pays for just so.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -32,7 +37,9 @@ from cerebro_tune.arguments import cores
 from cerebro_tune.data import BatchForm
 from cerebro_tune_lightning import LightningTrainable, ReseedCallback
 
-SHARDS, EPOCHS, BATCH, BATCHES = 8, 5, 32, 10
+SHARDS, EPOCHS, BATCH, BATCHES, VALIDATION_BATCHES, WORKERS = 8, 5, 32, 10, 4, 2
+Visits = Any
+"""Those of a `TrialResult`."""
 WARM_UP = 3  # units in which the workers build the module, and the plain fit its loops
 RUNS = sized(2, 7, 15)
 
@@ -58,17 +65,18 @@ class Net(pl.LightningModule):
 
 
 class Reports:
-    """Notes when each report is made."""
+    """Notes when each trial's reports are made, and how it has ended."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: dict[str, list[float]] = {}
+        self.results: list[TrialResult] = []
 
     def on_report(self, trial_id: str, report: Any) -> Decision:
-        self.times.append(perf_counter())
+        self.times.setdefault(trial_id, []).append(perf_counter())
         return Decision.CONTINUE
 
     def on_end(self, result: TrialResult) -> None:
-        self.result = result
+        self.results.append(result)
 
 
 class Shards(pl.Callback):
@@ -100,25 +108,30 @@ def table(rows: int) -> pa.Table:
     return pa.table({"x": x, "y": rng.integers(0, 10, rows)})
 
 
-def by_hops(cerebro: Cerebro) -> tuple[list[float], TrialResult]:
+def by_hops(cerebro: Cerebro, trials: int) -> tuple[list[float], list[Visits]]:
+    """What the units of so many trials took, and which shards each trial has visited."""
     reports = Reports()
     run = cerebro.run(LightningTrainable(Net), reports, metric="val_loss")
-    run.add({})
+    for _ in range(trials):
+        run.add({})
     run.end_search()
     cerebro.drive(run)
-    assert reports.result.error is None, reports.result.error
-    return reports.times, reports.result
+    assert all(result.error is None for result in reports.results), reports.results
+    return [ms for times in reports.times.values() for ms in unit_ms(times)], [r.visits for r in reports.results]
 
 
-def plain(train: ShardedDataset, validation: ShardedDataset, result: TrialResult) -> list[float]:
+def plain(folder: str, visits: Visits) -> list[float]:
+    """What the same batches took in one fit; for a process of its own."""
+    quiet()
+    train, validation = (ShardedDataset.open(f"{folder}/{name}") for name in ("train", "validation"))
     shards = Shards()
     trainer = pl.Trainer(
         max_epochs=EPOCHS, accelerator="cpu", val_check_interval=BATCHES, num_sanity_val_steps=0, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[ReseedCallback(0, 0, result.visits), shards],
+        callbacks=[ReseedCallback(0, 0, visits), shards],
     )  # fmt: skip
-    trainer.fit(Net(), VisitLoader(train, result.visits, batch_size=BATCH), InOrder(validation))
-    return shards.times
+    trainer.fit(Net(), VisitLoader(train, visits, batch_size=BATCH), InOrder(validation))
+    return unit_ms(shards.times)
 
 
 def unit_ms(times: list[float]) -> list[float]:
@@ -126,33 +139,43 @@ def unit_ms(times: list[float]) -> list[float]:
     return [(after - before) * 1e3 for before, after in pairwise(times)][WARM_UP:]
 
 
-def main() -> int:
-    torch.set_num_threads(max(1, len(cores()) // 2))  # as many as each of two workers has
+def quiet() -> None:
+    torch.set_num_threads(max(1, len(cores()) // WORKERS))  # as many as each worker has
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # torch to Lightning
-    hopped, straight = [], []
-    with tempfile.TemporaryDirectory() as folder:
+
+
+def main() -> int:
+    quiet()
+    report = Report(f"A unit of {BATCHES} batches and {VALIDATION_BATCHES} of validation, 4 MB of state:")
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
         train = ShardedDataset.write(table(SHARDS * BATCHES * BATCH), f"{folder}/train", num_shards=SHARDS)
-        validation = ShardedDataset.write(table(4 * BATCH), f"{folder}/validation", num_shards=1)
+        validation = ShardedDataset.write(table(VALIDATION_BATCHES * BATCH), f"{folder}/validation", num_shards=1)
         with Cerebro(
-            train, validation, epochs=EPOCHS, batch_size=BATCH, workers=2, devices="cpu", placement="pinned",
+            train, validation, epochs=EPOCHS, batch_size=BATCH, workers=WORKERS, devices="cpu", placement="pinned",
             validation_rows="all", run_dir=f"{folder}/runs", progress=False,
         ) as cerebro:  # fmt: skip
-            for _ in range(RUNS):
-                times, result = by_hops(cerebro)
-                hopped.append(unit_ms(times))
-                straight.append(unit_ms(plain(train, validation, result)))
-    pairs = list(zip(hopped, straight, strict=True))[1:]
-    report = Report(f"A unit of {BATCHES} batches and {len(InOrder(validation))} of validation, 4 MB of state:")
+            for trials, name in ((2, ""), (1, ", one trial whose workers sleep in turns")):
+                hopped, straight = [], []
+                for _ in range(RUNS):
+                    units, visits = by_hops(cerebro, trials)
+                    hopped.append(units)
+                    fits = pool.starmap(plain, [(folder, each) for each in visits], chunksize=1)
+                    straight.append([ms for fit in fits for ms in fit])
+                tell(report, name, list(zip(hopped, straight, strict=True))[1:], 5 if trials == WORKERS else None)
+    return report.finish()
+
+
+def tell(report: Report, case: str, pairs: list[tuple[list[float], list[float]]], bar: float | None) -> None:
+    """Add the figures of a case: (milliseconds of units by hops, and in plain fits) of each run."""
     for name, runs in zip(("a unit by hops", "the same in one long fit"), zip(*pairs, strict=True), strict=True):
         medians = [statistics.median(run) for run in runs]
-        report.add(name, statistics.median(medians), None, "ms", row=6, runs=medians)
+        report.add(f"{name}{case}", statistics.median(medians), None, "ms", row=6, runs=medians)
     beyond = [statistics.median(one) - statistics.median(other) for one, other in pairs]
-    report.add("what hopping adds to a unit", statistics.median(beyond), 5, "ms", row=6, runs=beyond)
+    report.add(f"what hopping adds to a unit{case}", statistics.median(beyond), bar, "ms", row=6, runs=beyond)
     means = [statistics.mean(one) - statistics.mean(other) for one, other in pairs]
     name = "the same, mean with epochs' ends and checkpoints"
-    report.add(name, statistics.median(means), None, "ms", row=6, runs=means)
-    return report.finish()
+    report.add(f"{name}{case}", statistics.median(means), None, "ms", row=6, runs=means)
 
 
 if __name__ == "__main__":

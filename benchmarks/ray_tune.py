@@ -28,7 +28,7 @@ SCHEDULERS = ("ASHA", "HyperBand", "PBT")
 # (ms of a unit, trials, units of an epoch, epochs, turns of all but stock, which has one, and none of empty units)
 SEARCHES = sized(
     [(0, 4, 3, 3, 1), (50, 4, 3, 3, 1)],
-    [(0, 8, 9, 3, 5), (50, 6, 3, 3, 5), (500, 6, 3, 3, 1)],
+    [(0, 8, 9, 3, 5), (50, 6, 3, 3, 5)],
     [(0, 8, 9, 3, 9), (50, 8, 9, 3, 9), (500, 6, 3, 3, 5)],
 )
 OVERHEAD_MS = 2.5  # of empty units

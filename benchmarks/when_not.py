@@ -8,7 +8,7 @@ row says otherwise. A loss of 5 % or less counts as none; what is beyond is stat
 - One long trial has one worker at a time.
 - With live_trials=1 the second worker has nothing to do. 3 trials end as searches do: with fewer trials than workers.
 - A grid search of long trials without early stopping. Both validate once an epoch, and ours after each unit too.
-- Units of 5, 20 and 50 ms: 1 batch, and as many more as it takes.
+- Units of 5, 20 and 50 ms: 1 batch of 64, and as many more as it takes.
 - States that take 1, 5 and 20 % of a unit of 100 ms to move, pinned shards so that they have to: a buffer in the model,
   which nothing trains, is as large as that takes, by what 50 MB have taken.
 - A data set that every node holds, so that no trial would have to move: workers of a Ray cluster of two nodes.
@@ -32,8 +32,9 @@ from _sizes import sized
 from _turns import Contender, Opened
 
 ROUNDS = sized(1, 5, 9)
-ROWS = sized(4_096, 16_384)
-EPOCHS = sized(1, 3)
+BATCH = 64
+ROWS = sized(4_096, 12_288)
+EPOCHS = sized(1, 2)
 UNITS_MS = (5, 20, 50)
 SHARES = (1, 5, 20)
 STATE_UNIT_MS = 100
@@ -87,7 +88,7 @@ def cases() -> Iterator[Case]:
     )
     yield against_two("4 trials with live_trials=1", FOUR, long, live_trials=1)
     yield against_two("3 trials on 2 workers", THREE, long)
-    yield against_two("grid search of 4 long trials, validating", FOUR, of_fashion(ROWS, epochs=EPOCHS))
+    yield against_two("grid search of 4 long trials, validating", FOUR, of_fashion(ROWS, batch=BATCH, epochs=EPOCHS))
     batch_ms = time_batch()
     for unit_ms in UNITS_MS:
         yield against_two(f"units of {unit_ms} ms", FOUR, in_units(unit_ms, batch_ms))
@@ -114,24 +115,25 @@ def on_nodes(task: Task) -> Iterator[Any]:
 
 def trained_only(rows: int, **changes: Any) -> Task:
     """So many images to train on, and none to validate with."""
-    return replace(of_fashion(rows, **changes), load=partial(_cnn.fashion, rows, validation=False))
+    return replace(of_fashion(rows, batch=BATCH, **changes), load=partial(_cnn.fashion, rows, validation=False))
 
 
 def time_batch() -> float:
     """Milliseconds of a batch in a plain fit."""
-    task = trained_only(64 * 256, epochs=1)
+    batches = 256
+    task = trained_only(BATCH * batches, epochs=1)
     with Contender(partial(_cnn.one_after_another, task)) as contender:
-        return min(contender.turn(ONE).wall_s for _ in range(3)) / 256 * 1e3
+        return min(contender.turn(ONE).wall_s for _ in range(3)) / batches * 1e3
 
 
 def in_units(unit_ms: float, batch_ms: float) -> Task:
     """Shards of as many batches as a unit of this length has, and epochs until a side has had its time."""
     batches = max(1, round(unit_ms / batch_ms))
-    base = _cnn.FASHION
-    epoch_s = base.shards * batches * batch_ms / 1e3
+    shard_batches = _cnn.FASHION.shards * batches
+    epoch_s = shard_batches * batch_ms / 1e3
     configs, workers = 4, 2
     epochs = max(1, round(SIDE_S * workers / (configs * epoch_s)))
-    return trained_only(base.shards * batches * base.batch, epochs=epochs)
+    return trained_only(shard_batches * BATCH, epochs=epochs)
 
 
 def moving_share(task: Task) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from cerebro_tune.clock import Clock
@@ -57,6 +58,7 @@ class Ledger:
     def __init__(self, journal: Journal | None, disk: FullDisk) -> None:
         self._journal, self._disk = journal, disk
         self._waiting: deque[tuple[int, Callable[[], object]]] = deque()
+        self._unwritten: deque[tuple[str, dict[str, Any]]] = deque()
 
     @property
     def kept(self) -> bool:
@@ -68,15 +70,28 @@ class Ledger:
         """What was in it when the run began."""
         return [] if self._journal is None else self._journal.rows
 
-    def event(self, event: Event, facts: dict[str, Any]) -> None:
+    def event(self, event: Event, facts: dict[str, Any], *, soon: bool = False) -> None:
         """Write an event that the state machine has taken in, with what it does not look at."""
         if self._journal is not None:
-            self.note(type(event).__name__, event=to_plain(event), **facts)
+            self.note(type(event).__name__, soon=soon, event=to_plain(event), **facts)
 
-    def note(self, kind: str, **body: Any) -> None:
-        """Write a row; on a full disk stand still until there is room, or an interrupt."""
-        if (journal := self._journal) is not None:
-            self._disk.wait_out(lambda: journal.append(kind, **body))
+    def note(self, kind: str, *, soon: bool = False, **body: Any) -> None:
+        """Write a row; on a full disk stand still until there is room, or an interrupt.
+
+        One that need only be there `soon` is written with the next that is not, or by `write`.
+        """
+        if self._journal is not None:
+            self._unwritten.append((kind, body))
+            if not soon:
+                self.write()
+
+    def write(self) -> None:
+        """Write the rows that were left for soon."""
+        if (journal := self._journal) is not None and self._unwritten:
+            while self._unwritten:
+                kind, body = self._unwritten[0]
+                self._disk.wait_out(partial(journal.append, kind, **body))
+                self._unwritten.popleft()
             self._follow_up(journal)
 
     def when_safe(self, call: Callable[[], object]) -> None:
@@ -84,11 +99,13 @@ class Ledger:
         if self._journal is None:
             call()
         else:
+            self.write()
             self._waiting.append((self._journal.count, call))
 
     def sync(self) -> None:
         """Return when what was written survives a loss of power."""
         if self._journal is not None:
+            self.write()
             self._journal.sync()
             self._follow_up(self._journal)
 

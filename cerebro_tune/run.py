@@ -268,10 +268,11 @@ class Run:
         """Start what can be started, then wait for what the workers say, or for the time to pass, and see to it."""
         starts = self._hopper.dispatch()
         if starts or self._undispatched:  # one that gives no order changes what the next one looks at
-            self._ledger.note(DISPATCHED, starts=starts_plain(starts))
+            self._ledger.note(DISPATCHED, soon=True, starts=starts_plain(starts))
             self._undispatched = False
         for start in starts:
             self._start(start)
+        self._ledger.write()  # while the workers train: what dies before it is done has lost no unit by that
         self._progress.update()
         patience_s = self._crew.patience_s
         if patience_s is not None and (timeout_s is None or patience_s < timeout_s):
@@ -429,10 +430,13 @@ class Run:
 
     # State machine to workers and tuner.
 
-    def _apply(self, event: Event, **facts: Any) -> None:
-        """Tell the state machine; what it orders is carried out by `_obey`, never from inside another order."""
+    def _apply(self, event: Event, *, soon: bool = False, **facts: Any) -> None:
+        """Tell the state machine; what it orders is carried out by `_obey`, never from inside another order.
+
+        With `soon` the row may wait until the worker has its next unit, if nothing is ordered.
+        """
         orders = self._hopper.apply(event)
-        self._ledger.event(event, facts)
+        self._ledger.event(event, facts, soon=soon and not orders)
         self._undispatched = True
         self._orders.extend(orders)
         for trial, finished in list(self._results.items()):
@@ -529,7 +533,7 @@ class Run:
         decision = self._tuner.on_report(trial_id, report)
         if decision is not None:
             self._commands.carry_out()  # what the tuner added while it decided comes before its decision
-            self._decide(trial_id, decision)
+            self._decide(trial_id, decision, soon=True)  # if the row is lost, it is asked again
 
     def _end(self, trial: str, status: Status) -> None:
         """Export the state of a trial that was stopped, then let go of it."""
@@ -627,11 +631,11 @@ class Run:
             self._ledger.note(WISHED, trial=trial_id, decision=decision.value)
         self._ledger.sync()
 
-    def _decide(self, trial_id: str, decision: Decision) -> None:
+    def _decide(self, trial_id: str, decision: Decision, *, soon: bool = False) -> None:
         page = self._page(trial_id)
         if page.wish is not None:
             decision, page.wish = decision.joined(page.wish), None
-        self._apply(TrialDecided(trial_id, decision))
+        self._apply(TrialDecided(trial_id, decision), soon=soon)
         self._cool_if_paused(trial_id)
 
     def _end_search(self) -> None:

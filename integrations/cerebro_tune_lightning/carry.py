@@ -57,6 +57,8 @@ class Asides:
 
     def load(self, state: Mapping[str, dict[str, Any]]) -> None:
         """Take up what `dump` gave."""
+        if not state:
+            return  # to find what is held takes a walk over all attributes
         held = self._among(self._attributes.modules())
         if lacking := sorted(state.keys() - held.keys()):
             raise StateError(f"The state has {', '.join(lacking)}, which a fresh build has not.")

@@ -51,31 +51,42 @@ def dump(collection: Any) -> list[dict[str, Any]]:
 
 
 def restore(collection: Any, dumped: list[dict[str, Any]], private: Any, trainer: Any) -> None:
-    """Make a result collection hold what was dumped; `private` is the module that defines it."""
+    """Make a result collection hold what was dumped; `private` is the module that defines it.
+
+    To make a metric takes a third of a millisecond: those that the unit before left behind are taken where they fit.
+    """
+    left = dict(collection)
     collection.clear()
     for entry in dumped:
-        meta = private._Metadata(**entry["meta"], reduce_fx=_reduction(*entry["reduce"]))
-        meta.sync = private._Sync(fn=trainer.strategy.reduce, rank_zero_only=entry["rank_zero_only"])
-        metric = private._ResultMetric(meta, entry["values"] is not None)
-        if entry["values"] is not None:
+        metric = left.get(entry["key"])
+        if metric is None or any(entry[name] != value for name, value in _kind(metric).items()):
+            meta = private._Metadata(**entry["meta"], reduce_fx=_reduction(*entry["reduce"]))
+            meta.sync = private._Sync(fn=trainer.strategy.reduce, rank_zero_only=entry["rank_zero_only"])
+            metric = private._ResultMetric(meta, entry["tensor"])
+        if entry["tensor"]:
             for name, value in unpack(entry["values"], trainer.strategy.root_device).items():
                 setattr(metric, name, value)
         else:
-            metric.value = trainer.lightning_module.get_submodule(meta.metric_attribute)
+            metric.value = trainer.lightning_module.get_submodule(metric.meta.metric_attribute)
         metric._update_count = entry["updates"]
+        metric.has_reset, metric._computed, metric._forward_cache = False, None, None
         collection[entry["key"]] = metric
 
 
 def _dump_metric(key: str, metric: Any) -> dict[str, Any]:
+    values = pack({name: getattr(metric, name) for name in metric._defaults}) if metric.is_tensor else {}
+    return {"key": key, **_kind(metric), "values": values, "updates": metric._update_count}
+
+
+def _kind(metric: Any) -> dict[str, Any]:
+    """What the user has told of a metric when it was first logged."""
     meta = metric.meta
     reduce_fx = meta.reduce_fx
     return {
-        "key": key,
+        "tensor": metric.is_tensor,
         "meta": {name: getattr(meta, name) for name in _META},
         "reduce": [reduce_fx.__name__, reduce_fx is _BUILTIN_REDUCTIONS.get(reduce_fx.__name__)],
         "rank_zero_only": meta.sync.rank_zero_only,
-        "values": pack({name: getattr(metric, name) for name in metric._defaults}) if metric.is_tensor else None,
-        "updates": metric._update_count,
     }
 
 
