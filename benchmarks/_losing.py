@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import ray
 import torch
@@ -23,10 +25,10 @@ class BallastCnn(LitStrided):
 
 @contextmanager
 def cluster(nodes: int) -> Iterator[None]:
-    """A Ray of so many nodes with one CPU each, to which this process is connected."""
+    """A Ray of so many nodes with one CPU each, to which this process is connected, in a folder of its own."""
     each = {"num_cpus": 1, "object_store_memory": 200_000_000}
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        made = Cluster(initialize_head=True, head_node_args=each | {"include_dashboard": False, "temp_dir": folder})
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, patch.dict(os.environ, RAY_TMPDIR=folder):
+        made = Cluster(initialize_head=True, head_node_args=each | {"include_dashboard": False})
         try:
             for _ in range(nodes - 1):
                 made.add_node(**each)

@@ -476,8 +476,10 @@ class Cerebro:
 
     def give_up(self, run: Run) -> None:
         """End a run where it is; its folder goes, if there is nothing in it."""
-        run.close()
-        self._current = self._grower.run = None
+        try:
+            run.close()
+        finally:
+            self._current = self._grower.run = None
         if not run.units and not run.taken_up:
             remove_untouched(run.settings.run_dir)
 

@@ -88,10 +88,12 @@ class Ledger:
     def write(self) -> None:
         """Write the rows that were left for soon."""
         if (journal := self._journal) is not None and self._unwritten:
-            while self._unwritten:
-                kind, body = self._unwritten[0]
-                self._disk.wait_out(partial(journal.append, kind, **body))
-                self._unwritten.popleft()
+            try:
+                while self._unwritten:
+                    kind, body = self._unwritten.popleft()
+                    self._disk.wait_out(partial(journal.append, kind, **body))
+            finally:
+                self._unwritten.clear()  # of rows that cannot be written none may follow
             self._follow_up(journal)
 
     def when_safe(self, call: Callable[[], object]) -> None:

@@ -245,6 +245,7 @@ class Run:
                     self._durable.clear_strays()
             while not self._over():
                 self.turn()
+            self._ledger.write()
             self._export_unended()
         finally:
             self.close()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 from importlib import import_module
 from typing import Any
@@ -40,6 +41,13 @@ class Momentum(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+class Outspoken(Momentum):
+    """Says something through the host's own logger in each epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        logging.getLogger(HOST).warning("an epoch begins")
 
 
 class MultiStep(Momentum):

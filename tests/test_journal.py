@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import sqlite3
@@ -10,6 +11,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 import resumed_runs
 import soak
+from cerebro_tune.clock import CLOCK
 from cerebro_tune.errors import ConfigurationError, DamagedJournalError, RunBusyError
 from cerebro_tune.eventcodec import to_event, to_plain
 from cerebro_tune.events import (
@@ -34,6 +37,7 @@ from cerebro_tune.events import (
     WorkerStayedAway,
 )
 from cerebro_tune.journal import FORMAT, MANIFEST, NAME, Journal, read_journal
+from cerebro_tune.ledger import FullDisk, Ledger
 from cerebro_tune.reading import RunReading
 from cerebro_tune.units import Decision, Trial, Unit, WorkerId
 
@@ -257,3 +261,20 @@ SHARDS = st.frozensets(st.integers(0, 9))
 )  # fmt: skip
 def test_events_come_back_as_they_were(event: Any) -> None:
     assert to_event(type(event).__name__, to_plain(event)) == event
+
+
+def test_rows_for_soon_keep_their_order_and_none_follows_one_that_was_lost(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    ledger = Ledger(journal, FullDisk(CLOCK, lambda what: None, interrupted=lambda: True))
+    ledger.note("first", soon=True)
+    assert journal.count == 0
+    ledger.note("second")
+    ledger.note("third", soon=True)
+    with (
+        patch.object(Journal, "append", side_effect=OSError(errno.ENOSPC, "no room")),
+        pytest.raises(OSError, match="no room"),
+    ):
+        ledger.note("fourth")
+    ledger.note("last", soon=True)
+    ledger.close()
+    assert [row.kind for row in read_journal(tmp_path)] == ["first", "second", "last"]

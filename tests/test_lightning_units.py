@@ -28,7 +28,7 @@ from cerebro_tune.seeding import seed_build, seed_unit, seed_validation
 from cerebro_tune.trainable import Trainable, UnitWork, as_recipe
 from cerebro_tune_lightning import LightningTrainable
 from cerebro_tune_lightning.adapt import adapt
-from lightning_nets import Adversarial, Average, Busy, Logging, Marked, Momentum, OneCycle, Teacher
+from lightning_nets import Adversarial, Average, Busy, Logging, Marked, Momentum, OneCycle, Outspoken, Teacher
 from trees import same
 
 BATCH = 16
@@ -801,3 +801,11 @@ def test_a_held_average_lives_in_the_buffer_too(train: ShardedDataset) -> None:
     assert saved["tensors"].keys() == dict([*held.named_parameters(), *held.named_buffers()]).keys()
     assert all(0 <= p.data_ptr() - buffer.address < hopping.used for p in held.parameters())
     hopping.close()
+
+
+def test_what_a_logger_says_in_a_worker_comes_with_the_trial(options: dict[str, Any], capfd: Any) -> None:
+    with Cerebro(**options | {"backend": "local"}) as cerebro:
+        cerebro.fit(Outspoken, [{}, {}], metric="val_loss")
+    err = capfd.readouterr().err
+    assert [err.count(f"[trial-000{trial}] an epoch begins") for trial in range(2)] == [2, 2]
+    assert err.count("an epoch begins") == 4

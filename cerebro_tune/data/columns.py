@@ -38,16 +38,16 @@ class TensorColumn:
     """Gives one tensor, (rows, *shape)."""
 
     def __init__(self, values: Tensor, form: TensorType) -> None:
-        self._dtype = values.dtype
         stored = _SELECTABLE.get(values.dtype, values.dtype)
-        self._select = partial(torch.index_select, values.view(stored).view(-1, *form.shape), 0)
-        self._axes = (0, *(axis + 1 for axis in form.axes))
+        select = partial(torch.index_select, values.view(stored).view(-1, *form.shape), 0)
+        axes = (0, *(axis + 1 for axis in form.axes))
         as_it_lies = stored is values.dtype and form.axes == tuple(range(len(form.shape)))
         # A frame of Python more is a tenth of what a small batch takes.
-        self.take = self._select if as_it_lies else self._converted
+        self.take = select if as_it_lies else partial(_converted, select, values.dtype, axes)
 
-    def _converted(self, rows: Tensor) -> Tensor:
-        return self._select(rows).view(self._dtype).permute(self._axes)
+
+def _converted(select: Callable[[Tensor], Tensor], dtype: torch.dtype, axes: tuple[int, ...], rows: Tensor) -> Tensor:
+    return select(rows).view(dtype).permute(axes)
 
 
 class BitColumn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import select
 import signal
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from threading import Lock, Thread
 from time import sleep
+from typing import Any
 
 from cerebro_tune.errors import StateMemoryError
 from cerebro_tune.store import BufferRef
@@ -90,8 +92,7 @@ class _Worker:
         self._worker = boot.worker
         self._trial: str | None = None
         self._runner = UnitRunner(boot.worker, boot.device, self._grow, self._stand_still)
-        sys.stdout = Relay("stdout", self._relay)
-        sys.stderr = Relay("stderr", self._relay)
+        _speak_through(Relay("stdout", self._relay), Relay("stderr", self._relay))
 
     def obey(self) -> None:
         self._say(Joined(self._worker))
@@ -125,7 +126,7 @@ class _Worker:
         worker says. What is printed goes to where the worker's own output would.
         """
         self._connection.close()
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        _speak_through(sys.__stdout__, sys.__stderr__)
 
     def _grow(self, trial: str, nbytes: int) -> BufferRef:
         self._say(NeedBuffer(self._worker, trial, nbytes))
@@ -144,6 +145,16 @@ class _Worker:
     def _say(self, message: Message) -> None:
         with self._lock:  # user code may print from threads of its own
             self._connection.send(message)
+
+
+def _speak_through(out: Any, err: Any) -> None:
+    """Make these the process's streams, also for loggers that hold those of before: Lightning's do, once imported."""
+    instead = {id(sys.stdout): out, id(sys.stderr): err}
+    sys.stdout, sys.stderr = out, err
+    for logger in (logging.root, *logging.Logger.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and id(handler.stream) in instead:
+                handler.stream = instead[id(handler.stream)]
 
 
 class Relay(io.TextIOBase):

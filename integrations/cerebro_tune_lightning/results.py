@@ -58,12 +58,16 @@ def restore(collection: Any, dumped: list[dict[str, Any]], private: Any, trainer
     left = dict(collection)
     collection.clear()
     for entry in dumped:
-        metric = left.get(entry["key"])
-        if metric is None or any(entry[name] != value for name, value in _kind(metric).items()):
+        metric, is_tensor = left.get(entry["key"]), entry["values"] is not None
+        if (
+            metric is None
+            or metric.is_tensor is not is_tensor
+            or any(entry[name] != value for name, value in _kind(metric).items())
+        ):
             meta = private._Metadata(**entry["meta"], reduce_fx=_reduction(*entry["reduce"]))
             meta.sync = private._Sync(fn=trainer.strategy.reduce, rank_zero_only=entry["rank_zero_only"])
-            metric = private._ResultMetric(meta, entry["tensor"])
-        if entry["tensor"]:
+            metric = private._ResultMetric(meta, is_tensor)
+        if is_tensor:
             for name, value in unpack(entry["values"], trainer.strategy.root_device).items():
                 setattr(metric, name, value)
         else:
@@ -74,7 +78,7 @@ def restore(collection: Any, dumped: list[dict[str, Any]], private: Any, trainer
 
 
 def _dump_metric(key: str, metric: Any) -> dict[str, Any]:
-    values = pack({name: getattr(metric, name) for name in metric._defaults}) if metric.is_tensor else {}
+    values = pack({name: getattr(metric, name) for name in metric._defaults}) if metric.is_tensor else None
     return {"key": key, **_kind(metric), "values": values, "updates": metric._update_count}
 
 
@@ -83,7 +87,6 @@ def _kind(metric: Any) -> dict[str, Any]:
     meta = metric.meta
     reduce_fx = meta.reduce_fx
     return {
-        "tensor": metric.is_tensor,
         "meta": {name: getattr(meta, name) for name in _META},
         "reduce": [reduce_fx.__name__, reduce_fx is _BUILTIN_REDUCTIONS.get(reduce_fx.__name__)],
         "rank_zero_only": meta.sync.rank_zero_only,
