@@ -59,6 +59,11 @@ def strided(width: int, dropout: float) -> nn.Sequential:
     )  # fmt: skip
 
 
+def normal(images: Tensor) -> Tensor:
+    """Images of values from 0 to 1 with mean and deviation of Fashion-MNIST taken out."""
+    return (images - 0.2860) / 0.3530
+
+
 class LitCnn(pl.LightningModule):
     make = staticmethod(cnn)
 
@@ -68,7 +73,7 @@ class LitCnn(pl.LightningModule):
         self.net = self.make(width, dropout)
 
     def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.net(images if images.is_floating_point() else images[:, None] / 255)
+        scores: Tensor = self.net(images if images.is_floating_point() else normal(images[:, None] / 255))
         return scores
 
     def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
@@ -94,22 +99,31 @@ FASHION_FILES = Path("/usr/share/datasets/fashion-mnist")
 NO_FASHION = "" if FASHION_FILES.is_dir() else "Fashion-MNIST is missing: apt-get install dataset-fashion-mnist"
 
 
-def fashion(rows: int = 60_000, validation: bool = True) -> Data:
+def fashion(rows: int = 60_000, validation: bool = True, folder: Path = FASHION_FILES) -> Data:
     """So many of the 60,000 images of Fashion-MNIST to train on, and its 10,000 to validate with, read anew."""
-    return _images("train", rows), _images("t10k", 10_000) if validation else None
+    return _images(folder, "train", rows), _images(folder, "t10k", 10_000) if validation else None
 
 
-def _images(part: str, rows: int) -> Pair:
-    pixels = gzip.decompress((FASHION_FILES / f"{part}-images-idx3-ubyte.gz").read_bytes())
-    kinds = gzip.decompress((FASHION_FILES / f"{part}-labels-idx1-ubyte.gz").read_bytes())
+def unpack(folder: Path) -> None:
+    """Put the files of Fashion-MNIST into a folder as they are in use, without their compression."""
+    for packed in FASHION_FILES.glob("*.gz"):
+        (folder / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+
+
+def _images(folder: Path, part: str, rows: int) -> Pair:
+    pixels, kinds = (_content(folder / f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1"))
     images = np.frombuffer(pixels, np.uint8, rows * 784, offset=16).reshape(-1, 28, 28)
     return torch.tensor(images), torch.tensor(np.frombuffer(kinds, np.uint8, rows, offset=8).astype("int64"))
 
 
-class Samples(Dataset[Any]):
-    """Images one by one, each made a tensor and normalized, as the examples of the tuners have it.
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
 
-    Theirs is the data set of torchvision with its transforms ToTensor and Normalize, which do more steps per row.
+
+class Samples(Dataset[Any]):
+    """Images one by one, each made a tensor and normalized, as Ray's example for PyTorch has it.
+
+    That takes the data set of torchvision with its transforms ToTensor and Normalize, which do more steps per row.
     """
 
     def __init__(self, images: Tensor, digits: Tensor) -> None:
@@ -120,8 +134,7 @@ class Samples(Dataset[Any]):
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         image = Image.fromarray(self.images[row].numpy())
-        pixels = torch.from_numpy(np.array(image))[None] / 255
-        return (pixels - 0.2860) / 0.3530, int(self.digits[row])
+        return normal(torch.from_numpy(np.array(image))[None] / 255), int(self.digits[row])
 
 
 class Gathered:
@@ -164,7 +177,7 @@ FASHION = Task(LitStrided, fashion, epochs=2, batch=128, shards=8, samples=Sampl
 
 def of_fashion(rows: int, **changes: Any) -> Task:
     """That task with fewer images, and whatever else is to be different."""
-    return replace(FASHION, load=partial(fashion, rows), **changes)
+    return replace(FASHION, **{"load": partial(fashion, rows), **changes})
 
 
 def loaders(task: Task, data: Data, batches: Batches) -> list[Any]:

@@ -29,12 +29,16 @@ class Report:
         *,
         row: int | str | None = None,
         runs: Sequence[float] = (),
+        interval: tuple[float, float] | None = None,
     ) -> None:
         """One row; `bar` None for a figure that is stated and not judged, `at_most` False where more is better.
 
-        `row` says what it belongs to: the number of a bar in `render.TITLES`. `runs` are the figures of single runs.
+        `row` says what it belongs to: the number of a bar in `render.TITLES`. `runs` are the figures of single runs,
+        `interval` that of 95 %.
         """
-        spread = {"min": min(runs), "max": max(runs), "runs": len(runs)} if runs else {}
+        spread: dict[str, Any] = {"min": min(runs), "max": max(runs), "runs": len(runs)} if runs else {}
+        if interval is not None:
+            spread["interval"] = list(interval)
         met = None if bar is None else bool(figure <= bar if at_most else figure >= bar)
         self._rows.append(
             {"row": row, "measure": measure, "figure": float(figure), "unit": unit, "bar": bar, "at_most": at_most}

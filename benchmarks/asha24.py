@@ -101,10 +101,9 @@ def main() -> int:
             [("configs explored", 1.0, False), ("wrong promotions", 1.0, True), ("time to the error", None, True)]
         ):
             pairs = np.stack([found[variant][:, column], found[STOCK][:, column]], axis=1)
-            low, high = interval(pairs, ratio)
-            case = f"{variant.name} / task-parallel: {measure} ({low:.3f} to {high:.3f})"
-            judged = not variant.by_unit and not variant.abreast  # the others are no like with like
-            report.add(case, ratio(pairs), bar if judged else None, at_most=at_most, row=11)
+            case = f"{variant.name} / task-parallel: {measure}"
+            judged = bar if not variant.by_unit and not variant.abreast else None  # the others are no like with like
+            report.add(case, ratio(pairs), judged, at_most=at_most, row=11, interval=interval(pairs, ratio))
     return report.finish()
 
 

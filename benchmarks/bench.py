@@ -72,6 +72,8 @@ def main() -> int:
     print(f"\n{path.name}: {results['seconds']:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
     for measure_ in unexplained:
         print(f"misses.md does not say why this misses its bar: {measure_}")
+    for heading in [] if path.name == PART or SIZE == "small" else render.idle(results):
+        print(f"misses.md gives a reason where nothing is missed: {heading}")
     return int(bool(failed or unexplained))
 
 

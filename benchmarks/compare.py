@@ -55,6 +55,8 @@ def main() -> int:
     for change in found:
         verdict = "WORSE" if change.worse > given.margin else ""
         print(f"{change.measure:<90}{change.old:>9.4g}{change.new:>9.4g}  x {change.worse:<6.3g}{verdict}".rstrip())
+    for measure in sorted({row["measure"] for row in old} ^ {row["measure"] for row in new}):
+        print(f"{measure:<90}{'only in one of them'}")
     return int(any(change.worse > given.margin for change in found))
 
 

@@ -179,6 +179,9 @@ def growth(report: Report) -> None:
     fewest, most = GROWTH[0], GROWTH[-1]
     grown = by_size[most] / by_size[fewest] / (math.log(most) / math.log(fewest))
     report.add(f"from {fewest} to {most} trials: growth / that of n log n", grown, 1.0, row=12)
+    before = GROWTH[-2]
+    last = by_size[most] / by_size[before] / (math.log(most) / math.log(before))
+    report.add(f"from {before} to {most} trials: growth / that of n log n", last, row=12)
 
 
 def one_size(trials: int) -> float:

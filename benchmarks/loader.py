@@ -27,7 +27,7 @@ from cerebro_tune.feed import Feed, RunData
 from cerebro_tune.loading import loading
 
 ROWS = 24_000
-ROUNDS = sized(5, 9, 45)
+ROUNDS = sized(5, 15, 45)
 SLOW_EVERY = 3  # rounds: a pass of a DataLoader over single rows takes ten times as long
 BY_BATCH = "whole batches"
 

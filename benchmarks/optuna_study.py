@@ -42,6 +42,7 @@ CONFIGS, SEEDS, LIVE = sized(4, 8, 12), sized(1, 3, 5), sized((4,), (4,), (2, 3,
 OURS = 2 * stock.WORKERS
 PRUNED_TRIALS, PRUNED_SEEDS = sized(8, 32), sized(1, 0, 5)
 CURVE_LIVE, CURVE_SEEDS, CURVE_STEPS, CURVE_BUDGET = (2, 3, 4, 8), 20, stock.EPOCHS * stock.SHARDS, 16
+UNTIL = "until hops have stock's final best / stock's time"
 _T_95 = 2.093  # Student's t for 20 - 1 degrees of freedom
 
 
@@ -53,6 +54,8 @@ def main() -> int:
         equal_epochs(report, folder)
         if PRUNED_SEEDS:
             with_pruners(report, folder)
+        else:
+            report.not_run(UNTIL, "FULL=1 measures it")
     on_curves(report)
     return report.finish()
 
@@ -127,10 +130,11 @@ def equal_epochs(report: Report, folder: str) -> None:
         report.add(f"{name}: {units} units", statistics.mean(one.seconds), None, "s")
         report.add(f"{name}: best val_loss", statistics.mean(one.best), None, "")
         report.add(f"{name}: peak memory", one.memory, None, "MB")
-    ours = statistics.mean(measured[f"hops, {OURS} live"].seconds)
+    ours = measured[f"hops, {OURS} live"].seconds
     for batches, bar in (("DataLoader", 0.6), ("batches by index", 1.10)):
-        better = min(statistics.mean(measured[name].seconds) for name in measured if name.endswith(batches))
-        report.add(f"hops, {OURS} live / the better stock with {batches}", ours / better, bar)
+        stocks = [one.seconds for name, one in measured.items() if name.endswith(batches)]
+        ratios = [mine / theirs for mine, theirs in zip(ours, min(stocks, key=statistics.median), strict=True)]
+        report.add(f"hops, {OURS} live / the better stock with {batches}", statistics.median(ratios), bar, runs=ratios)
 
 
 def _measure(measured: Measured, run: Variant, path: str, seed: int) -> None:
@@ -179,7 +183,7 @@ def peak_memory() -> Iterator[list[float]]:
 
 
 def with_pruners(report: Report, folder: str) -> None:
-    """Seconds until hops, pruned at every unit, have what the better stock variant has in the end."""
+    """Seconds until hops, pruned at every unit, have what two stock processes with batches by index have in the end."""
     shares, ratios = [], []
     for seed in range(PRUNED_SEEDS):
         path = f"{folder}/pruned-{seed}"
@@ -195,7 +199,7 @@ def with_pruners(report: Report, folder: str) -> None:
         shares.append(found / total)
         ratios.append(spent / total)
     report.add(f"hops with pruning, {PRUNED_TRIALS} trials / stock with pruning", statistics.mean(ratios), None)
-    report.add("until hops have stock's final best / stock's time", statistics.median(shares), 0.9)
+    report.add(UNTIL, statistics.median(shares), 0.9, runs=shares)
 
 
 # Analytic curves, in units in place of seconds.
@@ -242,7 +246,8 @@ def on_curves(report: Report) -> None:
         report.add(f"curves: {name}: 95 % interval, +-", _half_width(found), None, "")
     ours, theirs = values[f"hops, median, {OURS} live"], values["stock, median, 2 lanes"]
     worse = [mine - other for mine, other in zip(ours, theirs, strict=True)]
-    report.add("curves: hops' best - stock's, less its interval", statistics.mean(worse) - _half_width(worse), 0.0, "")
+    mean, half = statistics.mean(worse), _half_width(worse)
+    report.add("curves: hops' best - stock's", mean, None, "", interval=(mean - half, mean + half))
 
 
 def _half_width(values: list[float]) -> float:

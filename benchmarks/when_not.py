@@ -9,8 +9,8 @@ row says otherwise. A loss of 5 % or less counts as none; what is beyond is stat
 - With live_trials=1 the second worker has nothing to do. 3 trials end as searches do: with fewer trials than workers.
 - A grid search of long trials without early stopping. Both validate once an epoch, and ours after each unit too.
 - Units of 5, 20 and 50 ms: 1 batch of 64, and as many more as it takes.
-- States that take 1, 5 and 20 % of a unit of 100 ms to move, pinned shards so that they have to: a buffer in the model,
-  which nothing trains, is as large as that takes, by what 50 MB have taken.
+- States whose bytes take 1, 5 and 20 % of a unit of 100 ms to move, pinned shards so that they have to: a buffer in the
+  model, which nothing trains, is as large as that takes, by what 50 MB have taken beyond what none took.
 - A data set that every node holds, so that no trial would have to move: workers of a Ray cluster of two nodes.
 """
 
@@ -93,7 +93,7 @@ def cases() -> Iterator[Case]:
     for unit_ms in UNITS_MS:
         yield against_two(f"units of {unit_ms} ms", FOUR, in_units(unit_ms, batch_ms))
     task = replace(in_units(STATE_UNIT_MS, batch_ms), module=BallastCnn)
-    share = moving_share(task)
+    share = moving_share(task, CALIBRATION_MB) - moving_share(task, 0)
     for percent in SHARES:
         megabytes = CALIBRATION_MB * percent / 100 / share
         name = f"states that take {percent} % of a unit to move"
@@ -136,10 +136,10 @@ def in_units(unit_ms: float, batch_ms: float) -> Task:
     return trained_only(shard_batches * BATCH, epochs=epochs)
 
 
-def moving_share(task: Task) -> float:
-    """What a hop of so many megabytes takes of a unit."""
+def moving_share(task: Task, megabytes: float) -> float:
+    """What a hop takes of a unit whose state has so many megabytes more than its weights."""
     with _cnn.written(task) as executor, executor(workers=2, placement="pinned") as cerebro:
-        results = cerebro.fit(task.module, _cnn.configs_of(FOUR | {"megabytes": [CALIBRATION_MB]}))
+        results = cerebro.fit(task.module, _cnn.configs_of(FOUR | {"megabytes": [megabytes]}))
     reports = [report for trial in results for report in trial.history]
     return statistics.median(r["hop_time_s"] for r in reports) / statistics.median(r["unit_time_s"] for r in reports)
 

@@ -186,10 +186,10 @@ def _hear_out(connection: Connection, deadline: float) -> None:
             connection.recv()
 
 
-def _interpreter(module: str, theirs: socket.socket) -> subprocess.Popen[bytes]:
+def _interpreter(module: str, theirs: socket.socket, *arguments: str) -> subprocess.Popen[bytes]:
     """A fresh interpreter that runs a module of ours on this socket, in a session that Ctrl-C does not reach."""
     return subprocess.Popen(
-        server.command(module, theirs.fileno()),
+        server.command(module, theirs.fileno(), *arguments),
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
@@ -202,7 +202,7 @@ class _Server:
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
-            self._process = _interpreter("server", theirs)
+            self._process = _interpreter("server", theirs, *server.frameworks())
         self._ended: dict[int, int] = {}
 
     @property

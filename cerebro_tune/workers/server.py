@@ -38,10 +38,14 @@ PROGRAM = (
 """What the interpreter of a server or of a fresh worker runs: the coordinator's own path, then `main`."""
 
 
-def command(module: str, descriptor: int) -> list[str]:
+def command(module: str, descriptor: int, *arguments: str) -> list[str]:
     """The command line of a server, or of a worker in a fresh interpreter, that speaks on this descriptor."""
-    frameworks = [name for name in _FRAMEWORKS if name in sys.modules]
-    return [sys.executable, "-c", PROGRAM.format(module=module), str(descriptor), json.dumps(sys.path), *frameworks]
+    return [sys.executable, "-c", PROGRAM.format(module=module), str(descriptor), json.dumps(sys.path), *arguments]
+
+
+def frameworks() -> list[str]:
+    """What this process has imported that its workers will need: the arguments of a server."""
+    return [name for name in _FRAMEWORKS if name in sys.modules]
 
 
 def main() -> None:
@@ -55,7 +59,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _import(frameworks: list[str]) -> None:
+def _import(names: list[str]) -> None:
     """Import what every worker needs, and leave all of it to them as it is.
 
     Without the collector, which looks through a million new objects again and again and finds nothing; frozen, they are
@@ -66,7 +70,7 @@ def _import(frameworks: list[str]) -> None:
 
     from cerebro_tune.workers import child  # noqa: F401
 
-    for name in frameworks:
+    for name in names:
         with suppress(Exception):  # a worker that cannot do without will say why
             importlib.import_module(name)
     gc.freeze()
