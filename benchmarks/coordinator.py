@@ -42,7 +42,7 @@ from cerebro_tune.workers.base import Grow, Workers
 from cerebro_tune.workers.messages import Finished, Message, Order, Ready, RunSpec, Setup, Spans, Task
 
 WORKERS, LIVE = 128, 1_000
-UNITS, WARM_UP = sized((3_000, 1_000), (12_000, 4_000))
+UNITS, WARM_UP = sized((3_000, 1_000), (8_000, 4_000))
 RUNS, GROWTH_RUNS = sized((1, 1), (5, 3), (9, 5))
 GROWTH, GROWTH_SHARDS = sized((10, 100, 1_000), (10, 100, 1_000, 10_000)), 8
 LEAST_TRIALS = 1_000  # smaller runs are repeated until they have had as many

@@ -75,7 +75,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
     peaks: dict[str, list[float]] = {name: [] for name in opened}
     for _ in range(ROUNDS):
         for name, each in opened.items():
-            with Contender(each) as contender:
+            with Contender(each, watched=True) as contender:
                 peaks[name].append(contender.turn().peak_mb)
     return peaks
 

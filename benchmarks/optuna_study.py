@@ -1,6 +1,6 @@
 """An Optuna study on two cores: stock, in threads and in processes, and by hops, with the same objective and budget.
 
-Equal epochs: the demo's CNN, 8 configs (FULL=1: 12) x 3 epochs of 4,000 images in 8 shards, the whole validation set
+Equal epochs: the demo's CNN, 6 configs (FULL=1: 12) x 3 epochs of 4,000 images in 8 shards, the whole validation set
 once an epoch, start-up excluded, 3 seeds. Stock is run as its documentation shows, with a DataLoader over a
 TensorDataset and a Trainer per trial, and with batches by index in that Trainer.
 
@@ -38,7 +38,7 @@ from _sizes import sized
 from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune_optuna import optimize, pruners
 
-CONFIGS, SEEDS, LIVE = sized(4, 8, 12), sized(1, 3, 5), sized((4,), (4,), (2, 3, 4, 8))
+CONFIGS, SEEDS, LIVE = sized(4, 6, 12), sized(1, 3, 5), sized((4,), (4,), (2, 3, 4, 8))
 OURS = 2 * stock.WORKERS
 PRUNED_TRIALS, PRUNED_SEEDS = sized(8, 32), sized(1, 0, 5)
 CURVE_LIVE, CURVE_SEEDS, CURVE_STEPS, CURVE_BUDGET = (2, 3, 4, 8), 20, stock.EPOCHS * stock.SHARDS, 16

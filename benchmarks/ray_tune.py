@@ -29,7 +29,7 @@ SCHEDULERS = ("ASHA", "HyperBand", "PBT")
 # (ms of a unit, trials, units of an epoch, epochs, turns of all but stock, which has one, and none of empty units)
 SEARCHES = sized(
     [(0, 4, 3, 3, 1), (50, 4, 3, 3, 1)],
-    [(0, 8, 9, 3, 5), (50, 6, 3, 3, 5)],
+    [(0, 8, 6, 3, 5), (50, 6, 3, 3, 5)],
     [(0, 8, 9, 3, 9), (50, 8, 9, 3, 9), (LONG_MS, 6, 3, 3, 5)],
 )
 OVERHEAD_MS = 2.5  # of empty units
@@ -52,7 +52,7 @@ def searches(report: Report) -> None:
         REUSED: partial(_ray_searches.stock, True),
         OURS: _ray_searches.ours,
     }
-    with started(opened) as contenders:
+    with started(opened, watched=True) as contenders:
         for contender in contenders.values():
             contender.turn("ASHA", 0.0, 2, 1, 1)
         for unit_ms, trials, epoch, epochs, turns in SEARCHES:

@@ -33,8 +33,8 @@ from _turns import Contender, Opened
 
 ROUNDS = sized(1, 5, 9)
 BATCH = 64
-ROWS = sized(4_096, 12_288)
-EPOCHS = sized(1, 2)
+ROWS = sized(4_096, 16_384)
+EPOCHS = 1
 UNITS_MS = (5, 20, 50)
 SHARES = (1, 5, 20)
 STATE_UNIT_MS = 100
