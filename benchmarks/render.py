@@ -158,7 +158,7 @@ def section(results: dict[str, Any]) -> str:
         return "`make bench` measures all of it beside what people use today; no figures of a whole run are here yet.\n"
     machine, rows = results["machine"], {row["measure"]: row for row in rows_of(results)}
     lines = [
-        f"Measured by `make bench` on {machine['cores']} cores ({machine['cpu']}), side by side in one run "
+        f"Measured by `make bench` on {machine['cores']} cores ({machine['cpu']}), contenders side by side "
         f"(`benchmarks/results/{results['file']}`). All of it, with the bars met and missed: `benchmarks/README.md`.\n",
         "| | |\n|---:|---|",
     ]

@@ -33,13 +33,13 @@ from _turns import Contender, Opened
 
 ROUNDS = sized(1, 5, 9)
 BATCH = 64
-ROWS = sized(4_096, 16_384)
+ROWS = sized(4_096, 12_288)
 EPOCHS = 1
 UNITS_MS = (5, 20, 50)
 SHARES = (1, 5, 20)
 STATE_UNIT_MS = 100
 CALIBRATION_MB = 50
-SIDE_S = sized(0.5, 2.0)
+SIDE_S = sized(0.5, 1.5)
 """What either side is to take at least where units are short."""
 BAR = 1.05
 
