@@ -177,7 +177,7 @@ FASHION = Task(LitStrided, fashion, epochs=2, batch=128, shards=8, samples=Sampl
 
 def of_fashion(rows: int, **changes: Any) -> Task:
     """That task with fewer images, and whatever else is to be different."""
-    return replace(FASHION, **{"load": partial(fashion, rows), **changes})
+    return replace(FASHION, load=partial(fashion, rows), **changes)
 
 
 def loaders(task: Task, data: Data, batches: Batches) -> list[Any]:

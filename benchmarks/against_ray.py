@@ -16,6 +16,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def contenders_in(folder: Path) -> dict[str, Opened]:
     """Stock and ours, with the data in this folder."""
     _cnn.unpack(folder)
     rows = sized(12_000, 60_000)
-    task = of_fashion(rows, load=partial(_cnn.fashion, rows, folder=folder))
+    task = replace(of_fashion(rows), load=partial(_cnn.fashion, rows, folder=folder))
     return {"stock": partial(_ray_cnn.stock_function, task), "ours": partial(_ray_cnn.ours, task)}
 
 

@@ -247,7 +247,7 @@ def on_curves(report: Report) -> None:
     ours, theirs = values[f"hops, median, {OURS} live"], values["stock, median, 2 lanes"]
     worse = [mine - other for mine, other in zip(ours, theirs, strict=True)]
     mean, half = statistics.mean(worse), _half_width(worse)
-    report.add("curves: hops' best - stock's", mean, None, "", interval=(mean - half, mean + half))
+    report.add("curves: hops' best - stock's", mean, 0.0, "", interval=(mean - half, mean + half))
 
 
 def _half_width(values: list[float]) -> float:

@@ -5,7 +5,7 @@ have loaded the data and wait for work, or for a single trial just one fit. Ours
 are up; both sides have had a turn before. CNNs on Fashion-MNIST, in 8 shards, without a validation set except where a
 row says otherwise. A loss of 5 % or less counts as none; what is beyond is stated as a loss.
 
-- One long trial has one worker at a time.
+- One long trial has one worker at a time. Long is an epoch of 8 units that take 0.1 s and more.
 - With live_trials=1 the second worker has nothing to do. 3 trials end as searches do: with fewer trials than workers.
 - A grid search of long trials without early stopping. Both validate once an epoch, and ours after each unit too.
 - Units of 5, 20 and 50 ms: 1 batch of 64, and as many more as it takes.

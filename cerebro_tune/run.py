@@ -534,7 +534,7 @@ class Run:
         decision = self._tuner.on_report(trial_id, report)
         if decision is not None:
             self._commands.carry_out()  # what the tuner added while it decided comes before its decision
-            self._decide(trial_id, decision, soon=True)  # if the row is lost, it is asked again
+            self._decide(trial_id, decision, soon=True)  # if the row is lost, the tuner is asked again
 
     def _end(self, trial: str, status: Status) -> None:
         """Export the state of a trial that was stopped, then let go of it."""
