@@ -53,7 +53,10 @@ class Contender:
 
     def __init__(self, opened: Opened, watched: bool = False) -> None:
         self._watched = watched
-        context = multiprocessing.get_context("spawn")
+        # forked with everything imported, where that cannot be seen in its memory
+        context: Any = multiprocessing.get_context("spawn" if watched else "forkserver")
+        if not watched:
+            context.set_forkserver_preload(["_cnn"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(opened, theirs))
         self._process.start()

@@ -49,7 +49,7 @@ def main() -> int:
             shards = ShardedDataset.write(table, Path(folder, name), num_shards=1)
             for batch_size in (32, 128):
                 measure(report, shards, batch_size, f"{name}, batch {batch_size}")
-    for side in sized((72,), (72, 108)):
+    for side in sized((72,), (72,), (72, 108)):
         for num_workers in sized((1,), (1, 2)):
             measure_units(report, side, num_workers)
     return report.finish()

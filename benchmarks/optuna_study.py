@@ -1,8 +1,9 @@
-"""An Optuna study on two cores: stock, in threads and in processes, and by hops, with the same objective and budget.
+"""An Optuna study on two cores: stock, in processes and in threads, and by hops, with the same objective and budget.
 
 Equal epochs: the demo's CNN, 6 configs (FULL=1: 12) x 3 epochs of 4,000 images in 8 shards, the whole validation set
 once an epoch, start-up excluded, 3 seeds. Stock is run as its documentation shows, with a DataLoader over a
-TensorDataset and a Trainer per trial, and with batches by index in that Trainer.
+TensorDataset and a Trainer per trial, and with batches by index in that Trainer; in threads with FULL=1 only: they take
+as long as processes do, in less memory.
 
 With pruners, FULL=1 only: how long a study by hops takes to find what stock, with its median pruner, has found in the
 end.
@@ -40,6 +41,8 @@ from cerebro_tune_optuna import optimize, pruners
 
 CONFIGS, SEEDS, LIVE = sized(4, 6, 12), sized(1, 3, 5), sized((4,), (4,), (2, 3, 4, 8))
 OURS = 2 * stock.WORKERS
+PROCESSES, THREADS = ("processes", stock.in_processes), ("threads", stock.in_threads)
+STOCK = sized((PROCESSES, THREADS), (PROCESSES,), (PROCESSES, THREADS))
 PRUNED_TRIALS, PRUNED_SEEDS = sized(8, 32), sized(1, 0, 5)
 CURVE_LIVE, CURVE_SEEDS, CURVE_STEPS, CURVE_BUDGET = (2, 3, 4, 8), 20, stock.EPOCHS * stock.SHARDS, 16
 UNTIL = "until hops have stock's final best / stock's time"
@@ -102,7 +105,7 @@ def stock_variants() -> dict[str, Variant]:
     return {
         f"stock, 2 {name}, {batches}": variant(run, batches == "DataLoader")
         for batches in ("DataLoader", "batches by index")
-        for name, run in (("threads", stock.in_threads), ("processes", stock.in_processes))
+        for name, run in STOCK
     }
 
 
