@@ -2,9 +2,11 @@
 
     make bench                     # all of them
     python benchmarks/bench.py --only hops loader     # a part, in place of what the last results have of it
+    python benchmarks/bench.py --only gpu             # by itself, where torch sees a CUDA device
 
 On another machine, or with other versions or sizes than those of the last results, a part goes to results/part.json,
-of which nothing is rendered: only what one machine has measured stands in one table.
+of which nothing is rendered: only what one machine has measured stands in one table. What a GPU does goes to
+results/gpu.json, and into a table of its own.
 
 The file is written anew after each benchmark. One that fails is told among the results, and the others go on; the exit
 code is then 1. So it is when a bar was missed and `misses.md` gives no reason. FULL=1 takes more seeds and runs,
@@ -25,6 +27,7 @@ import tempfile
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -55,6 +58,7 @@ SCRIPTS = (
     "validating",
     "when_not",
 )
+GPU = "gpu"
 PACKAGES = ("torch", "pytorch-lightning", "ray", "optuna", "numpy", "pyarrow")
 PART = "part.json"
 LIMIT_S = 1800  # for one script: what hangs must not keep the others
@@ -62,17 +66,19 @@ LIMIT_S = 1800  # for one script: what hangs must not keep the others
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=SCRIPTS, help=", ".join(SCRIPTS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*SCRIPTS, GPU], help=", ".join([*SCRIPTS, GPU]))
     only = parser.parse_args().only
+    if only and GPU in only and only != [GPU]:
+        parser.error("gpu is measured by itself: --only gpu")
     path, results = begun(only)
     measure(only or SCRIPTS, path, results)
-    unexplained = [] if path.name == PART else render.write(path)
+    unexplained = [] if path.name == PART else render.write(render.last() if path == render.GPU else path)
     unexplained = [] if SIZE == "small" else unexplained  # its misses are of no meaning
     failed = [script["name"] for script in results["scripts"] if script["error"]]
     print(f"\n{path.name}: {results['seconds']:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
     for measure_ in unexplained:
         print(f"misses.md does not say why this misses its bar: {measure_}")
-    for heading in [] if path.name == PART or SIZE == "small" else render.idle(results):
+    for heading in [] if path.name == PART or path == render.GPU or SIZE == "small" else render.idle(results):
         print(f"misses.md gives a reason where nothing is missed: {heading}")
     return int(bool(failed or unexplained))
 
@@ -82,6 +88,9 @@ def begun(only: Sequence[str] | None) -> tuple[Path, dict[str, Any]]:
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     fresh: dict[str, Any] = {"date": str(date.today()), "size": SIZE, "machine": machine(), "scripts": []}
+    if only == [GPU]:
+        fresh["machine"]["gpu"] = _gpu_model()
+        return render.GPU, fresh
     if not only:
         return folder / f"{date.today()}.json", fresh
     path = render.last()
@@ -144,8 +153,14 @@ def machine() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "threads_per_worker": 1,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
     }
+
+
+def _gpu_model() -> str:
+    import torch  # for this alone
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
 def _cpu_model() -> str:

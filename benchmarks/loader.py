@@ -50,7 +50,7 @@ def main() -> int:
             for batch_size in (32, 128):
                 measure(report, shards, batch_size, f"{name}, batch {batch_size}")
     for side in sized((72,), (72,), (72, 108)):
-        for num_workers in sized((1,), (1, 2)):
+        for num_workers in sized((1,), (1,), (1, 2)):
             measure_units(report, side, num_workers)
     return report.finish()
 

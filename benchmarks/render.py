@@ -21,6 +21,7 @@ from compare import rows_of
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PAGE, MISSES, PLOTS = HERE / "README.md", HERE / "misses.md", HERE / "plots"
+GPU = HERE / "results" / "gpu.json"
 BEGIN, END = "<!-- benchmarks/render.py: begin -->\n", "<!-- benchmarks/render.py: end -->\n"
 
 WHEN_NOT = "when not"
@@ -89,7 +90,7 @@ def reasons(results: dict[str, Any]) -> dict[str, str]:
 
 def page(results: dict[str, Any]) -> str:
     """`benchmarks/README.md`."""
-    return "\n".join([*_head(results), *_tables(results), *_scripts(results)]) + "\n"
+    return "\n".join([*_head(results), *_tables(results), *_on_gpu(), *_scripts(results)]) + "\n"
 
 
 def _head(results: dict[str, Any]) -> Iterator[str]:
@@ -122,15 +123,31 @@ def _tables(results: dict[str, Any]) -> Iterator[str]:
         if not here:
             continue
         yield f"## {key}. {title}\n" if isinstance(key, int) else f"## {title}\n"
-        yield "| measure | figure | runs | bar | |\n|---|---:|---|---:|---|"
-        for row in here:
-            measure, figure, bar, verdict = line_of(row)
-            told = {"OK": "met", "MISS": "**missed**"}.get(verdict, verdict)
-            yield f"| {measure} | {figure} | {_spread(row)} | {bar} | {told} |"
-        yield ""
+        yield from _table(here)
         if missed := [row["measure"] for row in here if row["measure"] in why]:
             yield from (f"- *{measure}* misses its bar: {why[measure] or 'no reason is given.'}" for measure in missed)
             yield ""
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| measure | figure | runs | bar | |\n|---|---:|---|---:|---|"
+    for row in rows:
+        measure, figure, bar, verdict = line_of(row)
+        told = {"OK": "met", "MISS": "**missed**"}.get(verdict, verdict)
+        yield f"| {measure} | {figure} | {_spread(row)} | {bar} | {told} |"
+    yield ""
+
+
+def _on_gpu() -> Iterator[str]:
+    """What the machine with the GPU has measured, if there was one."""
+    if GPU.exists():
+        results = load(GPU)
+        yield "## On a GPU\n"
+        yield (
+            f"Measured on {results['date']} by `gpu.py`, on another machine with one {results['machine']['gpu']} "
+            f"(`results/{GPU.name}`).\n"
+        )
+        yield from _table(rows_of(results))
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -165,6 +182,10 @@ def section(results: dict[str, Any]) -> str:
     lines += [f"| {_figure(_like(measure, rows))} | {phrase} |" for measure, phrase in HEADLINES.items()]
     lines.append("\nWhere it does not help, our wall clock / that of what one would use instead:\n\n| | |\n|---:|---|")
     lines += [f"| {_figure(row)} | {row['measure']} |" for row in rows.values() if row["row"] == WHEN_NOT]
+    if GPU.exists():
+        gpu = load(GPU)
+        lines.append(f"\nOn a GPU ({gpu['machine']['gpu']}):\n\n| | |\n|---:|---|")
+        lines += [f"| {_figure(row)} | {row['measure']} |" for row in rows_of(gpu)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,8 @@
 """A tuner's stream of 32 trials x 10 epochs: how much workers idle, and what task parallelism makes of the same stream.
 
 Units of the trials differ 4x in cost. Hops have 2 x workers live trials, or 1.5 x, and the 16th result is looked at as
-well as the last one: a searcher learns from results, and hops give the first of them later.
+well as the last one: a searcher learns from results, and hops give the first of them later. 1.5 x on pinned shards is
+simulated with FULL=1 only.
 
 Simulated: 8 workers and 8 shards, the machine is the real one, its clock is not; units vary by +-5 %, hops take no
 time. Task parallelism has the same durations, first come, first served, and all the data on every worker.
@@ -32,7 +33,7 @@ import pyarrow as pa
 import torch
 
 from _report import Report
-from _sizes import sized
+from _sizes import SIZE, sized
 from _streams import EPOCHS, RESULT, TRIALS, half_time, idle_share, make_trials, simulated, task_parallel
 from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune.simulate import Outcome, log_uniform_costs
@@ -44,6 +45,7 @@ REAL_SEEDS, PAIRED_SEEDS = range(sized(1, 10, 20)), range(sized(1, 5, 20))
 SIMULATED_WORKERS, REAL_WORKERS = 8, 2
 UNIT_S = 0.016  # of the cheapest trial
 SHARES = (2.0, 1.5)  # live trials per worker
+FULL_ONLY = {("pinned", 1.5)}
 
 
 # Simulated.
@@ -53,6 +55,8 @@ def simulate_all(report: Report) -> None:
     workers = SIMULATED_WORKERS
     for placement in ("shared", "pinned"):
         for share in SHARES:
+            if (placement, share) in FULL_ONLY and SIZE != "full":
+                continue
             live = int(share * workers)
             outcomes = [simulated(seed, workers, live, placement) for seed in SEEDS]
             case = f"simulated, {workers} workers, {placement}, {live} live"

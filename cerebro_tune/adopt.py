@@ -92,12 +92,15 @@ def load_model(
 
 
 def _move_in(model: nn.Module, saved: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
-    """Move the model's tensors into the given ones, or into memory of their own where these do not fit."""
+    """Move the model's tensors into memory of their own, with the values of the given ones where these fit.
+
+    What a hook writes there is nothing to what was saved, which is loaded after it.
+    """
     targets, values = _matched(model, saved, others)
     for name, target in targets.items():
         value = values.get(name)
         if value is not None and target.shape == value.shape:
-            adopt({name: target}, {name: value})
+            target.data = value.to(target.device, target.dtype, copy=True)
         else:
             target.data = torch.zeros_like(target)  # a hook may give it another shape yet
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryConfusionMatrix, BinaryJaccardIndex
 
 HOST = "lightning.pytorch" if __name__ == "unified_nets" else "pytorch_lightning"
 pl: Any = import_module(HOST)
@@ -363,6 +363,26 @@ class Metrics(Momentum):
         self.log("mean", self.hidden["mean"].compute())
         self.found.reset()
         self.hidden["mean"].reset()
+
+
+class Grouped(Metrics):
+    """Metrics that share their state, which they update in place."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.found = MetricCollection([BinaryConfusionMatrix(), BinaryJaccardIndex()])
+
+    def on_train_epoch_end(self) -> None:
+        found = self.found.compute()
+        self.log_dict({"rows": found["BinaryConfusionMatrix"].sum().float(), "jaccard": found["BinaryJaccardIndex"]})
+        self.found.reset()
+
+
+class Refreshing(Momentum):
+    """A hook that writes into the model before what was saved is loaded into it."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.net[4].reset_parameters()
 
 
 class Nested(Momentum):

@@ -111,6 +111,15 @@ def test_a_part_from_elsewhere_is_put_aside(last: dict[str, Any], monkeypatch: p
         assert bench.begun(["hops"])[0].name == file
 
 
+def test_what_a_gpu_does_goes_into_a_table_of_its_own(last: dict[str, Any]) -> None:
+    path, results = bench.begun([bench.GPU])
+    assert path == render.GPU
+    assert results["machine"]["gpu"]
+    rows = compare.rows_of(render.load(path))
+    assert all(f"| {row['measure']} |" in render.page(last) for row in rows)
+    assert not {row["measure"] for row in rows} & {row["measure"] for row in compare.rows_of(last)}
+
+
 def test_only_ratios_are_compared_and_worse_means_worse() -> None:
     def row(measure: str, figure: float, unit: str = "x", at_most: bool = True) -> dict[str, Any]:
         return {"measure": measure, "figure": figure, "unit": unit, "at_most": at_most}

@@ -47,6 +47,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher": ("Teacher", {}),
     "untied": ("Untied", {}),
     "metrics": ("Metrics", {}),
+    "grouped": ("Grouped", {}),
+    "refreshing": ("Refreshing", {}),
     "nested": ("Nested", {}),
     "hyper": ("Hyper", {}),
     "configured": ("Configured", {}),

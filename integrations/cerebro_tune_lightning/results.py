@@ -110,12 +110,24 @@ def dump_metrics(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def restore_metrics(module: nn.Module, dumped: dict[str, dict[str, Any]]) -> None:
-    """Take up the states that `dump_metrics` gave; metrics that it left out are reset."""
+    """Take up the states that `dump_metrics` gave; metrics that it left out are reset.
+
+    No two get the same memory: a collection that does not know yet which of its members may share theirs updates each.
+    """
+    taken: set[int] = set()
+
+    def own(part: Tensor, device: torch.device) -> Tensor:
+        part = part.to(device, copy=part.data_ptr() in taken)
+        taken.add(part.data_ptr())
+        return part
+
     for name, metric in _metrics(module):
         metric.reset()
         if entry := dumped.get(name):
             for state, value in entry["states"].items():
-                setattr(metric, state, _on(metric.device, value))
+                several = isinstance(value, list)
+                parts = [own(part, metric.device) for part in (value if several else [value])]
+                setattr(metric, state, parts if several else parts[0])
             metric._update_count = entry["updates"]
 
 
@@ -131,7 +143,3 @@ def has_metrics(part: nn.Module) -> bool:
 
 def _metrics(module: nn.Module) -> Iterator[tuple[str, Metric]]:
     return ((name, part) for name, part in module.named_modules() if isinstance(part, Metric))
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    return [part.to(device) for part in value] if isinstance(value, list) else value.to(device)
