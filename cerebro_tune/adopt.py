@@ -92,15 +92,18 @@ def load_model(
 
 
 def _move_in(model: nn.Module, saved: Mapping[str, Any], others: Mapping[str, Tensor]) -> None:
-    """Move the model's tensors into memory of their own, with the values of the given ones where these fit.
+    """Give the model's tensors the given values where these fit, in memory of their own: a hook may write there.
 
-    What a hook writes there is nothing to what was saved, which is loaded after it.
+    What was saved is loaded after it. Memory on a device is the model's own already.
     """
     targets, values = _matched(model, saved, others)
     for name, target in targets.items():
         value = values.get(name)
         if value is not None and target.shape == value.shape:
-            target.data = value.to(target.device, target.dtype, copy=True)
+            if target.is_cpu:
+                target.data = value.to(target.device, target.dtype, copy=True)
+            else:
+                target.data.copy_(value)
         else:
             target.data = torch.zeros_like(target)  # a hook may give it another shape yet
 

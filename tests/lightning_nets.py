@@ -378,11 +378,34 @@ class Grouped(Metrics):
         self.found.reset()
 
 
+class Composed(Metrics):
+    """A metric that is made of two others."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.right, self.area = BinaryAccuracy(), BinaryAUROC()
+        self.found = self.right + self.area
+
+    def on_train_epoch_end(self) -> None:
+        self.log("both", self.found.compute())
+        self.found.reset()
+
+
 class Refreshing(Momentum):
-    """A hook that writes into the model before what was saved is loaded into it."""
+    """A hook that writes into the model, and into what it holds, before what was saved is loaded."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.held = [nn.Linear(8, 2)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            self.held[0].weight.mul_(0.99).add_(batch[0].mean(0), alpha=0.01)
+        return F.cross_entropy(self.net(batch[0]) + self.held[0](batch[0]).detach(), batch[1])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.net[4].reset_parameters()
+        self.held[0].reset_parameters()
 
 
 class Nested(Momentum):

@@ -48,6 +48,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("Untied", {}),
     "metrics": ("Metrics", {}),
     "grouped": ("Grouped", {}),
+    "composed": ("Composed", {}),
     "refreshing": ("Refreshing", {}),
     "nested": ("Nested", {}),
     "hyper": ("Hyper", {}),

@@ -55,6 +55,13 @@ class Asides:
             for path, part in self._among(self._attributes.held).items()
         }
 
+    def part(self) -> None:
+        """Give them memory of their own, with no state that matters: what writes there now is nothing to `load`."""
+        for held in self._among(self._attributes.modules()).values():
+            for tensor in own_tensors(held).values():
+                tensor.data = tensor.data.clone()
+            results.restore_metrics(held, {})
+
     def load(self, state: Mapping[str, dict[str, Any]]) -> None:
         """Take up what `dump` gave."""
         if not state:

@@ -162,9 +162,14 @@ class KeptTrainer:
 
     def overrides(self, *hooks: str) -> bool:
         """Whether the module or a callback has one of these hooks of its own."""
-        found = self._get("utilities.model_helpers").is_overridden
-        owners = [self.module, *self.callbacks]
-        return any(hasattr(owner, hook) and found(hook, owner) for owner in owners for hook in hooks)
+        return any(self._overrides(owner, hook) for owner in [self.module, *self.callbacks] for hook in hooks)
+
+    def module_overrides(self, hook: str) -> bool:
+        """Whether the module has this hook of its own."""
+        return self._overrides(self.module, hook)
+
+    def _overrides(self, owner: Any, hook: str) -> bool:
+        return hasattr(owner, hook) and bool(self._get("utilities.model_helpers").is_overridden(hook, owner))
 
     @property
     def callbacks(self) -> list[Any]:

@@ -121,8 +121,10 @@ def restore_metrics(module: nn.Module, dumped: dict[str, dict[str, Any]]) -> Non
         taken.add(part.data_ptr())
         return part
 
-    for name, metric in _metrics(module):
-        metric.reset()
+    metrics = list(_metrics(module))
+    for _, metric in metrics:
+        metric.reset()  # of all of them first, since one that is made of others resets these
+    for name, metric in metrics:
         if entry := dumped.get(name):
             for state, value in entry["states"].items():
                 several = isinstance(value, list)

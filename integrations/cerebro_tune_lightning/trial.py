@@ -89,7 +89,7 @@ class LightningTrial(Trainable):
         if self._kept.hooked:  # which Lightning calls on a fresh build
             self._attributes.load({})
         saved = dict(tree["state_dict"])
-        hook = partial(self._call_load_hook, tree) if self._kept.overrides("on_load_checkpoint") else None
+        hook = partial(self._call_load_hook, tree) if self._kept.module_overrides("on_load_checkpoint") else None
         load_model(self.module, saved, extras["tensors"], hook, bool(self.module.strict_loading))
         carry.load_flags(self.module, extras["flags"])
         load_gradients(self.module, extras["gradients"])
@@ -160,7 +160,13 @@ class LightningTrial(Trainable):
         return [*modules_of(self.module, results.is_metric), *hparams, *optimizers, *callbacks]
 
     def _call_load_hook(self, tree: dict[str, Any]) -> Any:
-        """Call the module's `on_load_checkpoint`; return the state dict as that left it."""
+        """Call the module's `on_load_checkpoint`; return the state dict as that left it.
+
+        What the unit before has left in the module views the buffer of that unit, and must not be there to write into.
+        """
+        load_gradients(self.module, {})
+        results.restore_metrics(self.module, {})
+        self._asides.part()
         self._kept.call_module("on_load_checkpoint", tree)
         return tree["state_dict"]
 
