@@ -20,6 +20,8 @@ from _processes import Usage
 Opened = Callable[[], AbstractContextManager[Callable[..., int]]]
 """Starts what a contender needs, and gives the call that is a turn, which returns how many units it has run."""
 
+PRELOADED = ["pytorch_lightning", "cerebro_tune_lightning"]
+"""Installed packages only: the server does not find the scripts of this folder."""
 _LOOK_S = 0.2
 _MEMORY_EVERY = 5  # looks
 
@@ -53,10 +55,10 @@ class Contender:
 
     def __init__(self, opened: Opened, watched: bool = False) -> None:
         self._watched = watched
-        # forked with everything imported, where that cannot be seen in its memory
+        # forked from a process that has imported what takes long, where that cannot be seen in its memory
         context: Any = multiprocessing.get_context("spawn" if watched else "forkserver")
         if not watched:
-            context.set_forkserver_preload(["_cnn"])
+            context.set_forkserver_preload(PRELOADED)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(opened, theirs))
         self._process.start()

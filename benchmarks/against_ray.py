@@ -28,8 +28,8 @@ from _report import Report
 from _sizes import sized
 from _turns import Opened, started
 
-GRID: Grid = {"lr": sized([1e-3, 3e-3], [3e-4, 1e-3, 3e-3, 1e-2]), "width": [12], "dropout": [0.0, 0.2]}
-FEW: Grid = {"lr": [1e-3, 3e-3], "width": [12], "dropout": [0.0]}  # to warm up
+GRID: Grid = {"lr": sized([1e-3, 3e-3], [3e-4, 1e-3, 3e-3, 1e-2]), "width": [16], "dropout": [0.0, 0.2]}
+FEW: Grid = {"lr": [1e-3, 3e-3], "width": [16], "dropout": [0.0]}  # to warm up
 ROUNDS = sized(1, 3, 5)
 # what is called -> (arguments of the stock contender's turn, bar)
 STOCK: dict[str, tuple[tuple[Any, ...], float]] = {

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ BY_BATCH = "whole batches"
 UNITS, UNIT_ROWS, UNIT_BATCH = 4, 35 * 32, 32
 EPOCHS = sized(1, 5)
 UNIT_BAR = 0.9
+PICTURES = sized([(72, 1)], [(72, 1)], [(72, 1), (72, 2), (108, 1), (108, 2)])
+"""Side, and loader processes."""
 
 Batches = Callable[[], Iterable[object]]
 
@@ -49,9 +51,11 @@ def main() -> int:
             shards = ShardedDataset.write(table, Path(folder, name), num_shards=1)
             for batch_size in (32, 128):
                 measure(report, shards, batch_size, f"{name}, batch {batch_size}")
-    for side in sized((72,), (72,), (72, 108)):
-        for num_workers in sized((1,), (1,), (1, 2)):
+    for side, num_workers in product((72, 108), (1, 2)):
+        if (side, num_workers) in PICTURES:
             measure_units(report, side, num_workers)
+        else:
+            report.not_run(f"{pictures(side, num_workers)}: *", "FULL=1 measures it", row=14)
     return report.finish()
 
 
@@ -142,11 +146,15 @@ def png(pixels: npt.NDArray[np.uint8], side: int) -> bytes:
     return file.getvalue()
 
 
+def pictures(side: int, num_workers: int) -> str:
+    return f"{side}x{side} PNG, {num_workers} loader process" + "es" * (num_workers > 1)
+
+
 def measure_units(report: Report, side: int, num_workers: int) -> None:
     """Time the units of an epoch through kept processes beside an epoch of one DataLoader, in turn."""
     source = Pictures(UNITS * UNIT_ROWS, side)
     row_ms = 1000 * seconds(source[row] for row in range(500)) / 500
-    name = f"{side}x{side} PNG, {num_workers} loader process" + "es" * (num_workers > 1)
+    name = pictures(side, num_workers)
     report.add(f"{name}: decoding and augmenting one", row_ms, unit="ms", row=14)
     data = ShardedDataset.index(source, UNITS)
     feed = Feed(RunData(data, loading({"num_workers": num_workers}, data)), 0, "cpu")

@@ -8,8 +8,8 @@ once more with every trial on the same mapped Arrow files, so that there is one 
 Optuna's processes hold the data of the trial before as well, until Python happens to collect the cycles of its Trainer,
 unless `gc_after_trial=True` asks for that, which the examples do not: both are measured.
 
-Each search has its turns in processes of its own that end with them; three suffice, for peaks hardly differ, and one of
-the stock searches that are no example's. 131,072 rows of 4,096 floats; the model is linear.
+Each search has its turns in processes of its own that end with them: three, or one where stock does what is in none of
+the examples. 131,072 rows of 4,096 floats; the model is linear.
 """
 
 from __future__ import annotations

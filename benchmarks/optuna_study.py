@@ -1,9 +1,8 @@
-"""An Optuna study on two cores: stock, in processes and in threads, and by hops, with the same objective and budget.
+"""An Optuna study on two cores: stock, in threads and in processes, and by hops, with the same objective and budget.
 
-Equal epochs: the demo's CNN, 6 configs (FULL=1: 12) x 3 epochs of 4,000 images in 8 shards, the whole validation set
+Equal epochs: the demo's CNN, 4 configs (FULL=1: 12) x 3 epochs of 4,000 images in 8 shards, the whole validation set
 once an epoch, start-up excluded, 3 seeds. Stock is run as its documentation shows, with a DataLoader over a
-TensorDataset and a Trainer per trial, and with batches by index in that Trainer; in threads with FULL=1 only: they take
-as long as processes do, in less memory.
+TensorDataset and a Trainer per trial, and with batches by index in that Trainer.
 
 With pruners, FULL=1 only: how long a study by hops takes to find what stock, with its median pruner, has found in the
 end.
@@ -35,14 +34,13 @@ from optuna.trial import TrialState
 
 import _optuna_stock as stock
 from _report import Report
+from _seeds import of_each
 from _sizes import sized
 from cerebro_tune import Cerebro, ShardedDataset
 from cerebro_tune_optuna import optimize, pruners
 
-CONFIGS, SEEDS, LIVE = sized(4, 6, 12), sized(1, 3, 5), sized((4,), (4,), (2, 3, 4, 8))
+CONFIGS, SEEDS, LIVE = sized(4, 4, 12), sized(1, 3, 5), sized((4,), (4,), (2, 3, 4, 8))
 OURS = 2 * stock.WORKERS
-PROCESSES, THREADS = ("processes", stock.in_processes), ("threads", stock.in_threads)
-STOCK = sized((PROCESSES, THREADS), (PROCESSES,), (PROCESSES, THREADS))
 PRUNED_TRIALS, PRUNED_SEEDS = sized(8, 32), sized(1, 0, 5)
 CURVE_LIVE, CURVE_SEEDS, CURVE_STEPS, CURVE_BUDGET = (2, 3, 4, 8), 20, stock.EPOCHS * stock.SHARDS, 16
 UNTIL = "until hops have stock's final best / stock's time"
@@ -51,7 +49,8 @@ _T_95 = 2.093  # Student's t for 20 - 1 degrees of freedom
 
 def main() -> int:
     stock.quiet()
-    report = Report("A study of CNNs on 2 cores, and of analytic curves:")
+    report = Report("A study of analytic curves, and of CNNs on 2 cores:")
+    on_curves(report)
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder)
         equal_epochs(report, folder)
@@ -59,7 +58,6 @@ def main() -> int:
             with_pruners(report, folder)
         else:
             report.not_run(UNTIL, "FULL=1 measures it")
-    on_curves(report)
     return report.finish()
 
 
@@ -105,7 +103,7 @@ def stock_variants() -> dict[str, Variant]:
     return {
         f"stock, 2 {name}, {batches}": variant(run, batches == "DataLoader")
         for batches in ("DataLoader", "batches by index")
-        for name, run in STOCK
+        for name, run in (("threads", stock.in_threads), ("processes", stock.in_processes))
     }
 
 
@@ -241,9 +239,11 @@ def play(seed: int, live: int, pruner: Any) -> float:
 
 
 def on_curves(report: Report) -> None:
-    values = {"stock, median, 2 lanes": [play(s, 2, optuna.pruners.MedianPruner()) for s in range(CURVE_SEEDS)]}
+    seeds = range(CURVE_SEEDS)
+    values = {"stock, median, 2 lanes": of_each(partial(play, live=2, pruner=optuna.pruners.MedianPruner()), seeds)}
     for live in CURVE_LIVE:
-        values[f"hops, median, {live} live"] = [play(s, live, pruners.MedianPruner()) for s in range(CURVE_SEEDS)]
+        one = partial(play, live=live, pruner=pruners.MedianPruner())
+        values[f"hops, median, {live} live"] = of_each(one, seeds)
     for name, found in values.items():
         report.add(f"curves: {name}: best, mean of {CURVE_SEEDS}", statistics.mean(found), None, "")
         report.add(f"curves: {name}: 95 % interval, +-", _half_width(found), None, "")

@@ -123,19 +123,19 @@ def _tables(results: dict[str, Any]) -> Iterator[str]:
         if not here:
             continue
         yield f"## {key}. {title}\n" if isinstance(key, int) else f"## {title}\n"
-        yield from _table(here)
-        if missed := [row["measure"] for row in here if row["measure"] in why]:
-            yield from (f"- *{measure}* misses its bar: {why[measure] or 'no reason is given.'}" for measure in missed)
-            yield ""
+        yield from _table(here, why)
 
 
-def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+def _table(rows: list[dict[str, Any]], why: dict[str, str]) -> Iterator[str]:
     yield "| measure | figure | runs | bar | |\n|---|---:|---|---:|---|"
     for row in rows:
         measure, figure, bar, verdict = line_of(row)
         told = {"OK": "met", "MISS": "**missed**"}.get(verdict, verdict)
         yield f"| {measure} | {figure} | {_spread(row)} | {bar} | {told} |"
     yield ""
+    if missed := [row["measure"] for row in rows if row["measure"] in why]:
+        yield from (f"- *{measure}* misses its bar: {why[measure] or 'no reason is given.'}" for measure in missed)
+        yield ""
 
 
 def _on_gpu() -> Iterator[str]:
@@ -145,9 +145,9 @@ def _on_gpu() -> Iterator[str]:
         yield "## On a GPU\n"
         yield (
             f"Measured on {results['date']} by `gpu.py`, on another machine with one {results['machine']['gpu']} "
-            f"(`results/{GPU.name}`).\n"
+            f"(`results/{GPU.name}`). Of the ratios more is better.\n"
         )
-        yield from _table(rows_of(results))
+        yield from _table(rows_of(results), reasons(results))
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -184,7 +184,7 @@ def section(results: dict[str, Any]) -> str:
     lines += [f"| {_figure(row)} | {row['measure']} |" for row in rows.values() if row["row"] == WHEN_NOT]
     if GPU.exists():
         gpu = load(GPU)
-        lines.append(f"\nOn a GPU ({gpu['machine']['gpu']}):\n\n| | |\n|---:|---|")
+        lines.append(f"\nOn a GPU ({gpu['machine']['gpu']}), where more of a ratio is better:\n\n| | |\n|---:|---|")
         lines += [f"| {_figure(row)} | {row['measure']} |" for row in rows_of(gpu)]
     return "\n".join(lines) + "\n"
 

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from _asha import FROM_ONE_SHARD, Asha, Search, interval, recorded
 from _report import Report
+from _seeds import of_each
 from _sizes import sized
 from cerebro_tune import Cerebro, Decision, ShardedDataset, TorchTrainable, TrialResult
 from record_curves import EPOCHS, SHARDS, build, draw, images
@@ -162,7 +163,7 @@ def executors(folder: Path) -> Iterator[Cerebro]:
 def main() -> int:
     torch.set_num_threads(1)
     report = Report("ASHA with rungs from one shard on against ASHA with rungs from one epoch on:")
-    add(report, f"recorded, {len(SEEDS)} seeds", [on_curves(seed) for seed in SEEDS])
+    add(report, f"recorded, {len(SEEDS)} seeds", of_each(on_curves, SEEDS))
     with tempfile.TemporaryDirectory() as folder:
         by_unit, by_epoch = executors(Path(folder))
         with by_unit, by_epoch:

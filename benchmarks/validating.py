@@ -19,7 +19,7 @@ from _report import Report
 from _sizes import sized
 from cerebro_tune import Cerebro, TrialResult
 
-GRID: Grid = {"lr": [1e-3], "width": [12], "dropout": [0.0, 0.2]}
+GRID: Grid = {"lr": [1e-3], "width": [16], "dropout": [0.0, 0.2]}
 RUNS = sized(1, 5)
 WORKERS, EPOCHS = 2, 1
 SHARDS = (8, 32)

@@ -43,7 +43,7 @@ SIDE_S = sized(0.5, 0.8)
 """What either side is to take at least where units are short."""
 BAR = 1.05
 
-ONE: Grid = {"lr": [1e-3], "width": [12], "dropout": [0.0]}
+ONE: Grid = {"lr": [1e-3], "width": [16], "dropout": [0.0]}
 TWO: Grid = ONE | {"lr": [1e-3, 3e-3]}
 THREE: Grid = ONE | {"lr": [3e-4, 1e-3, 3e-3]}
 FOUR: Grid = ONE | {"lr": [3e-4, 1e-3, 3e-3, 1e-2]}
