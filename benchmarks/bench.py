@@ -75,14 +75,14 @@ def main() -> int:
     path, results = begun(only)
     measure(only or SCRIPTS, path, results)
     if path.name != PART:
-        render.write(render.last() if path == render.GPU else path)
+        render.write(render.last() if path == render.GPU_RESULTS else path)
     judged = path.name != PART and SIZE != "small"  # the misses of a reduced run are of no meaning
     unexplained = [measure for measure, why in render.reasons(results).items() if not why] if judged else []
     failed = [script["name"] for script in results["scripts"] if script["error"]]
     print(f"\n{path.name}: {results['seconds']:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
     for measure_ in unexplained:
         print(f"misses.md does not say why this misses its bar: {measure_}")
-    for heading in render.idle(results) if judged and path != render.GPU else []:
+    for heading in render.idle(results) if judged and path != render.GPU_RESULTS else []:
         print(f"misses.md gives a reason where nothing is missed: {heading}")
     return int(bool(failed or unexplained))
 
@@ -94,7 +94,7 @@ def begun(only: Sequence[str] | None) -> tuple[Path, dict[str, Any]]:
     fresh: dict[str, Any] = {"date": str(date.today()), "size": SIZE, "machine": machine(), "scripts": []}
     if only == [GPU]:
         fresh["machine"]["gpu"] = _gpu_model()
-        return folder / PART if SIZE == "small" else render.GPU, fresh
+        return folder / PART if SIZE == "small" else render.GPU_RESULTS, fresh
     if not only:
         return folder / f"{date.today()}.json", fresh
     path = render.last()

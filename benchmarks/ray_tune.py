@@ -27,7 +27,7 @@ LONG_MS = 500
 STOCK, REUSED, OURS = "stock, one turn", "stock, reuse_actors", "ours"
 SCHEDULERS = ("ASHA", "HyperBand", "PBT")
 BESIDE_STOCK = sized(SCHEDULERS[:1], SCHEDULERS[:1], SCHEDULERS)
-"""Those for which stock has an actor per trial, too, which takes a minute each."""
+"""Those for which stock has a turn with an actor per trial, too, which takes ten times as long as ours."""
 # (ms of a unit, trials, units of an epoch, epochs, turns); what no bar is beside has one
 SEARCHES = sized(
     [(0, 4, 3, 3, 1), (50, 4, 3, 3, 1)],

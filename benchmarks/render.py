@@ -21,7 +21,7 @@ from compare import rows_of
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PAGE, MISSES, PLOTS = HERE / "README.md", HERE / "misses.md", HERE / "plots"
-GPU = HERE / "results" / "gpu.json"
+GPU_RESULTS = HERE / "results" / "gpu.json"
 BEGIN, END = "<!-- benchmarks/render.py: begin -->\n", "<!-- benchmarks/render.py: end -->\n"
 
 WHEN_NOT = "when not"
@@ -140,12 +140,12 @@ def _table(rows: list[dict[str, Any]], why: dict[str, str]) -> Iterator[str]:
 
 def _on_gpu() -> Iterator[str]:
     """What the machine with the GPU has measured, if there was one."""
-    if GPU.exists():
-        results = load(GPU)
+    if GPU_RESULTS.exists():
+        results = load(GPU_RESULTS)
         yield "## On a GPU\n"
         yield (
             f"Measured on {results['date']} by `gpu.py`, on another machine with one {results['machine']['gpu']} "
-            f"(`results/{GPU.name}`). Of the ratios more is better.\n"
+            f"(`results/{GPU_RESULTS.name}`). Of the ratios more is better.\n"
         )
         yield from _table(rows_of(results), reasons(results))
 
@@ -182,8 +182,8 @@ def section(results: dict[str, Any]) -> str:
     lines += [f"| {_figure(_like(measure, rows))} | {phrase} |" for measure, phrase in HEADLINES.items()]
     lines.append("\nWhere it does not help, our wall clock / that of what one would use instead:\n\n| | |\n|---:|---|")
     lines += [f"| {_figure(row)} | {row['measure']} |" for row in rows.values() if row["row"] == WHEN_NOT]
-    if GPU.exists():
-        gpu = load(GPU)
+    if GPU_RESULTS.exists():
+        gpu = load(GPU_RESULTS)
         lines.append(f"\nOn a GPU ({gpu['machine']['gpu']}), where more of a ratio is better:\n\n| | |\n|---:|---|")
         lines += [f"| {_figure(row)} | {row['measure']} |" for row in rows_of(gpu)]
     return "\n".join(lines) + "\n"

@@ -40,7 +40,7 @@ SHARES = (1, 5, 20)
 STATE_UNIT_MS = 100
 CALIBRATION_MB = 50
 SIDE_S = sized(0.5, 0.8)
-"""What either side is to take at least where units are short."""
+"""What either side is to take, about, where units are short."""
 BAR = 1.05
 
 ONE: Grid = {"lr": [1e-3], "width": [16], "dropout": [0.0]}

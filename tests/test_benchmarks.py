@@ -113,7 +113,7 @@ def test_a_part_from_elsewhere_is_put_aside(last: dict[str, Any], monkeypatch: p
 
 def test_what_a_gpu_does_goes_into_a_table_of_its_own(last: dict[str, Any]) -> None:
     path, results = bench.begun([bench.GPU])
-    assert path == render.GPU
+    assert path == render.GPU_RESULTS
     assert "gpu" in results["machine"]
     rows = compare.rows_of(render.load(path))
     assert all(f"| {row['measure']} |" in render.page(last) for row in rows)

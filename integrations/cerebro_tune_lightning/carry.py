@@ -55,7 +55,7 @@ class Asides:
             for path, part in self._among(self._attributes.held).items()
         }
 
-    def part(self) -> None:
+    def move_out(self) -> None:
         """Give them memory of their own, with no state that matters: what writes there now is nothing to `load`."""
         for held in self._among(self._attributes.modules()).values():
             for tensor in own_tensors(held).values():

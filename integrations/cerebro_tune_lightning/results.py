@@ -128,8 +128,8 @@ def restore_metrics(module: nn.Module, dumped: dict[str, dict[str, Any]]) -> Non
         if entry := dumped.get(name):
             for state, value in entry["states"].items():
                 several = isinstance(value, list)
-                parts = [own(part, metric.device) for part in (value if several else [value])]
-                setattr(metric, state, parts if several else parts[0])
+                held = [own(part, metric.device) for part in value] if several else own(value, metric.device)
+                setattr(metric, state, held)
             metric._update_count = entry["updates"]
 
 

@@ -166,7 +166,7 @@ class LightningTrial(Trainable):
         """
         load_gradients(self.module, {})
         results.restore_metrics(self.module, {})
-        self._asides.part()
+        self._asides.move_out()
         self._kept.call_module("on_load_checkpoint", tree)
         return tree["state_dict"]
 
