@@ -117,7 +117,8 @@ class Bench:
     """The coordinator of one state size."""
 
     def __init__(self, megabytes: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # its processes need not import torch one by one
+        context.set_forkserver_preload(["torch", "cerebro_tune"])
         self.store = StateStore(megabytes * 10_000_000, folder / "spill")
         self.pipes, self.processes = [], []
         for _ in range(2):

@@ -8,8 +8,9 @@ once more with every trial on the same mapped Arrow files, so that there is one 
 Optuna's processes hold the data of the trial before as well, until Python happens to collect the cycles of its Trainer,
 unless `gc_after_trial=True` asks for that, which the examples do not: both are measured.
 
-Each search has its turns in processes of its own that end with them: three, or one where stock does what is in none of
-the examples. 131,072 rows of 4,096 floats; the model is linear.
+Each search has a contender of its own, with three turns, or one where stock does what is in none of the examples. There
+is one at a time: what waits would share the pages of libraries and mapped files, and halve what they count for.
+131,072 rows of 4,096 floats; the model is linear.
 """
 
 from __future__ import annotations
@@ -74,13 +75,10 @@ def measure(folder: Path) -> dict[str, list[float]]:
         "optuna": partial(_in_memory.stock_optuna, folder, False),
         "optuna, gc_after_trial": partial(_in_memory.stock_optuna, folder, True),
     }
-    peaks: dict[str, list[float]] = {name: [] for name in opened}
-    for number in range(ROUNDS):
-        for name, each in opened.items():
-            if number and name in ONCE:
-                continue
-            with Contender(each, watched=True) as contender:
-                peaks[name].append(contender.turn().peak_mb)
+    peaks: dict[str, list[float]] = {}
+    for name, each in opened.items():
+        with Contender(each, watched=True) as contender:
+            peaks[name] = [contender.turn().peak_mb for _ in range(1 if name in ONCE else ROUNDS)]
     return peaks
 
 

@@ -325,13 +325,13 @@ class StateStore:
         )
 
     def _from_pool(self, nbytes: int, capacity: int) -> Buffer | None:
-        fitting = [buffer for buffer in self._pool if nbytes <= buffer.nbytes <= capacity + capacity // 4]
-        if not fitting:
-            return None
-        buffer = fitting[-1]  # the one used last is the warmest
-        self._pool.remove(buffer)
-        self._pooled_bytes -= buffer.nbytes
-        return buffer
+        for index in reversed(range(len(self._pool))):  # the one used last is the warmest
+            buffer = self._pool[index]
+            if nbytes <= buffer.nbytes <= capacity + capacity // 4:
+                del self._pool[index]
+                self._pooled_bytes -= buffer.nbytes
+                return buffer
+        return None
 
     def _to_pool(self, buffer: Buffer) -> None:
         self._pool.append(buffer)
