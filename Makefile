@@ -20,7 +20,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Less than an hour: FULL=1 takes more seeds and runs, SMALL=1 only finds out whether all of them work.
+# About an hour: FULL=1 takes more seeds and runs, SMALL=1 only finds out whether all of them work.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py
 

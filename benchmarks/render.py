@@ -104,7 +104,7 @@ def _head(results: dict[str, Any]) -> Iterator[str]:
         f"{machine['python']}, {packages}; one thread per worker, {results['seconds'] / 60:.0f} minutes in all. "
         "Contenders take turns in one run, and a ratio is of what that run has measured. A figure is the median of "
         "runs or pairs, or for the rows 9 to 11 the mean over seeds; least and greatest stand beside it, or the "
-        "interval of 95 %. A bar is what the design has promised. Fashion-MNIST is that of the Debian package "
+        "interval of 95 %. A bar is what was aimed at before. Fashion-MNIST is that of the Debian package "
         "`dataset-fashion-mnist`.\n"
     )
     yield from (f"![{name}](plots/{name}.svg)\n" for name in _plotted(results))
@@ -180,7 +180,10 @@ def section(results: dict[str, Any]) -> str:
         "| | |\n|---:|---|",
     ]
     lines += [f"| {_figure(_like(measure, rows))} | {phrase} |" for measure, phrase in HEADLINES.items()]
-    lines.append("\nWhere it does not help, our wall clock / that of what one would use instead:\n\n| | |\n|---:|---|")
+    lines.append(
+        "\nWhere it does not help, our wall clock / that of what one would use instead, in searches of some seconds "
+        "whose units take 0.1 s if nothing else is said:\n\n| | |\n|---:|---|"
+    )
     lines += [f"| {_figure(row)} | {row['measure']} |" for row in rows.values() if row["row"] == WHEN_NOT]
     if GPU_RESULTS.exists():
         gpu = load(GPU_RESULTS)

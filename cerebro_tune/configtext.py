@@ -8,6 +8,8 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
+
 from cerebro_tune.data.fingerprint import digest_of
 
 
@@ -36,13 +38,42 @@ def _told(value: Any) -> Any:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config, if JSON gives it back as it is."""
+    """The config as JSON has it, from which `config_of` makes an equal one; None if that cannot be."""
     try:
-        back: dict[str, Any] = json.loads(json.dumps(dict(config)))
+        plain: dict[str, Any] = json.loads(json.dumps(_tagged(dict(config)), default=_number))
+        return plain if config_of(plain) == dict(config) else None
     except (TypeError, ValueError):
         return None
-    return back if back == dict(config) else None
 
 
+def config_of(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of which `plain_config` has made this: tuples are tuples again, NumPy's integers are Python's."""
+    return {key: _untagged(value) for key, value in plain.items()}
+
+
+def _tagged(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tagged(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_tagged(part) for part in value]
+        return items if isinstance(value, list) else {_TUPLE: items}
+    return value
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_untagged(part) for part in value]
+    if isinstance(value, dict) and value.keys() == {_TUPLE} and isinstance(value[_TUPLE], list):
+        return tuple(_untagged(part) for part in value[_TUPLE])
+    return config_of(value) if isinstance(value, dict) else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.integer | np.bool_):  # a float32 is not what Python computes with
+        return value.item()
+    raise TypeError(f"JSON has no {type(value).__name__}")
+
+
+_TUPLE = "<tuple>"
 _LONGEST = 100
 """Of what is told item by item."""

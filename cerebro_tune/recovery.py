@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cerebro_tune.book import TrialBook, TrialPage
-from cerebro_tune.configtext import config_text
+from cerebro_tune.configtext import config_of, config_text
 from cerebro_tune.errors import ConfigurationError, DamagedJournalError, IllegalEventError, InvariantError
 from cerebro_tune.eventcodec import is_event, to_event
 from cerebro_tune.events import TrialAdded, TrialCloned, TrialDecided, UnitFailed, UnitFinished, WorkerLost
@@ -197,7 +197,7 @@ class _Teller:
     def _page(self, event: TrialAdded | TrialCloned, body: dict[str, Any]) -> None:
         by_id = isinstance(self._given, Mapping)
         if by_id and event.trial.id not in self._given:  # it has ended, and nobody asks what it was made of
-            self._add(event, self._book.closed_page(event.trial, body["config"] or {}, body["batch_size"]))
+            self._add(event, self._book.closed_page(event.trial, config_of(body["config"] or {}), body["batch_size"]))
             return
         config, recipe = self._given_to(event, body)
         brought = None if recipe is None else self._book.bring(recipe)
@@ -227,7 +227,7 @@ class _Teller:
         elif body["config"] is None:
             raise ConfigurationError(f"{event.trial.id} had the config {body['text']}, which is no plain data")
         else:
-            return body["config"], None
+            return config_of(body["config"]), None
         if config_text(config) != body["text"]:
             raise ConfigurationError(f"{name} was {body['text']} and is {config_text(config)}")
         return config, recipe

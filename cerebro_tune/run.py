@@ -445,9 +445,11 @@ class Run:
             _, done, total = self._hopper.progress(trial)
             if done > self._book[trial].units:
                 del self._results[trial]
-                self._store.commit(trial, finished.used, finished.digest)
                 page = self._book[trial]
                 page.committed(finished)
+                if not page.shipped:  # nobody goes on with it, so that its state was not trained again
+                    continue
+                self._store.commit(trial, finished.used, finished.digest)
                 if finished.logged is not None:
                     self._book.recipe_of(page).log(trial, page.config, finished.logged)
                 if self._durable is not None and done < total and self._durable.due(done):

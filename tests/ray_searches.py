@@ -44,7 +44,7 @@ def scheduler(name: str) -> Any:
         return ASHAScheduler(max_t=16, grace_period=4, reduction_factor=2)
     if name == "hyperband":
         return HyperBandScheduler(max_t=8, reduction_factor=2)
-    if name == "promotion":
+    if name in ("promotion", "breaking"):
         return PromotionASHA(max_t=16, grace_period=4, reduction_factor=2)
     return PopulationBasedTraining(
         time_attr="training_iteration", perturbation_interval=4, quantile_fraction=0.5,
@@ -53,7 +53,7 @@ def scheduler(name: str) -> Any:
 
 
 def searcher(name: str) -> Any:
-    return None if name == "pbt" else OptunaSearch(seed=4)
+    return None if name.endswith("pbt") else OptunaSearch(seed=4)
 
 
 def executor(folder: Path, live: int) -> Cerebro:
@@ -77,8 +77,23 @@ def hopping(config: dict[str, Any]) -> None:
     tune.report({"val_loss": total, "step": trainer.global_step})
 
 
+class Deep(nets.Deep):
+    """Has a tuple in its config; raises in its third epoch, once, where a file names its learning rate."""
+
+    def build(self, config: Any, plan: Any) -> Any:
+        assert tuple(config["betas"]) == (0.9, 0.99)
+        return super().build(config, plan)
+
+    def run_unit(self, work: Any) -> dict[str, float]:
+        named = Path(os.environ.get("BREAKS", "nowhere"))
+        if (work.epoch, work.position) == (2, 2) and named.exists() and repr(self._config["lr"]) in named.read_text():
+            named.unlink()
+            raise RuntimeError("told to raise")
+        return super().run_unit(work)
+
+
 def trainable(name: str) -> Any:
-    return hopping if name == "function" else nets.Deep
+    return hopping if name.startswith("function") else Deep
 
 
 class Watch(tune.Callback):
@@ -105,13 +120,15 @@ class Watch(tune.Callback):
 def search(name: str, folder: Path, cerebro: Cerebro) -> Any:
     random.seed(5)
     np.random.seed(5)
+    constant = {} if name.startswith("function") else {"betas": (0.9, 0.99)}
     tuner = tune.Tuner(
-        trainable(name), param_space={"lr": tune.loguniform(1e-3, 0.3)},
+        trainable(name), param_space={"lr": tune.loguniform(1e-3, 0.3)} | constant,
         tune_config=tune.TuneConfig(
             num_samples=SAMPLES, metric="val_loss", mode="min", scheduler=scheduler(name), search_alg=searcher(name)
         ),
         run_config=tune.RunConfig(
-            storage_path=str(folder / "ray"), name="search", verbose=0, callbacks=[Watch(folder / "log")]
+            storage_path=str(folder / "ray"), name="search", verbose=0, callbacks=[Watch(folder / "log")],
+            failure_config=tune.FailureConfig(max_failures=int(name == "breaking")),
         ),
         executor=cerebro,
     )  # fmt: skip

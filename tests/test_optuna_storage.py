@@ -34,11 +34,15 @@ import json, os, signal, sys, time
 import optuna
 sys.path.insert(0, {tests!r})
 from cerebro_tune import Cerebro
+from cerebro_tune.exporter import Exporter
 from cerebro_tune_optuna import optimize, pruners
 from optuna_studies import linear
 from test_optuna_storage import storage_of
 
 options, kind, place, n_trials, kill_after, company = json.loads(sys.argv[1])
+
+if kill_after == "export":
+    Exporter.begin = lambda *arguments, **named: os.kill(os.getpid(), signal.SIGKILL)
 
 def maybe_die(study, trial):
     if trial.number == kill_after:
@@ -63,7 +67,7 @@ def storage_of(kind: str, folder: str | Path) -> Any:
 
 
 def child(
-    options: dict[str, Any], kind: str, folder: Path, n_trials: int, kill_after: int = -1, company: int = 1
+    options: dict[str, Any], kind: str, folder: Path, n_trials: int, kill_after: int | str = -1, company: int = 1
 ) -> Any:
     """A process that optimizes the study "s", once so many are there."""
     paths = {name: str(options[name].path) for name in ("train", "validation")}
@@ -139,6 +143,23 @@ def test_what_cannot_go_on_is_told(options: dict[str, Any], tmp_path: Path, what
         assert study.trials[number].state is FAIL
         told = study.trials[number].user_attrs["error"]
         assert "seed was 0 and is 4" in told if what == "seed" else f"process {pid}, which trained it, has been" in told
+
+
+def test_a_trial_that_was_pruned_stays_so_if_the_process_dies_before_it_has_told(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    options |= {"resume": "auto"}
+    study = a_study(study_name="s", storage=storage_of("SQLite", tmp_path))
+    killed = child(options, "SQLite", tmp_path, n_trials=20, kill_after="export")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    (pruned,) = [trial for trial in study.trials if trial.state is RUNNING and "pruned" in trial.user_attrs]
+    with Cerebro(**options) as cerebro:
+        optimize(study, linear, 1, executor=cerebro, metric="val_loss")
+    after = study.trials[pruned.number]
+    assert after.state is PRUNED
+    assert after.intermediate_values == pruned.intermediate_values
+    assert RUNNING not in states(study)
 
 
 def test_two_processes_share_a_study(options: dict[str, Any], tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def told(log: Path) -> list[list[str]]:
         ("asha", 14, "before", False), ("hyperband", 25, "after", False), ("promotion", 19, "before", False),
         ("pbt", 51, "after", False), ("pbt", 61, "before", True), ("asha", 27, "after", True),
         ("function", 4, "before", False), ("function", 17, "after", True), ("function", 18, "before", False),
+        ("function-pbt", 31, "after", False), ("function-pbt", 35, "before", True),
     ],
 )  # fmt: skip
 def test_every_result_is_that_of_the_undisturbed_search(
@@ -159,6 +160,27 @@ def test_a_row_has_all_that_a_death_right_after_it_needs(folder: Path, whole: Wh
 def heard(log: Path) -> list[tuple[str, ...]]:
     """The results without those that are there again; trials are told apart by their learning rates."""
     return list(dict.fromkeys(tuple(row[1:]) for row in told(log)))
+
+
+def test_what_fails_after_a_restore_goes_on_from_its_last_unit(
+    folder: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from where it stood when the driver died."""
+    log, _ = whole("promotion")
+    kill("breaking", folder, 1, 19, "before")
+    begun = told(folder / "log")
+    (waiting,) = {row[2] for row in begun if row[1] == "8"}  # at its second rung, to be promoted later
+    named = folder / "breaks"
+    named.write_text(waiting)
+    monkeypatch.setenv("BREAKS", str(named))
+    grid = take_up("breaking", folder)
+    assert not named.exists(), "it was promoted, and has raised"
+    assert grid.num_errors == 0
+    undisturbed = {tuple(row[1:3]): row[3] for row in told(log)}
+    again = {tuple(row[1:3]): row[3] for row in told(folder / "log")}
+    both = undisturbed.keys() & again.keys()
+    assert len(both) > len(begun)
+    assert {key: again[key] for key in both} == {key: undisturbed[key] for key in both}
 
 
 def record_of(folder: Path) -> Path:

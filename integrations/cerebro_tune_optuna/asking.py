@@ -63,10 +63,10 @@ def optimize(
         show_progress_bar: Show Optuna's own.
 
     Each trial gets user attributes: trial_id, units, epochs, seconds (of training, hopping, validating, waiting),
-    checkpoint, folder, process, and error if it failed. Trials that a killed process has left RUNNING, with the same
-    run directory, go on first, from their last committed unit; where they cannot (the folder of their run is gone, the
-    executor is another, or a PromotionPruner compared them), they are told FAIL with the reason. Ctrl-C ends the
-    search, and fails the trials in flight.
+    checkpoint, folder, process, pruned (the folder again, if it was), and error if it failed. Trials that a killed
+    process has left RUNNING, with the same run directory, go on first, from their last committed unit; where they
+    cannot (the folder of their run is gone, the executor is another, or a PromotionPruner compared them), they are told
+    FAIL with the reason. Ctrl-C ends the search, and fails the trials in flight.
     """
     check_value(value)
     measured_by(study, metric)
@@ -188,6 +188,7 @@ class Asking:
             trial_id = left_over.run_of(trial)[1]
             seat = TrialSeat(versions.again(self._study, trial), self._executor, self._metric)
             seat.reported = max(trial.intermediate_values, default=0)
+            seat.pruned = left_over.was_pruned(trial)
             try:
                 made[trial_id] = seat, *self._make(seat, int(trial_id.rpartition("-")[2]))
             except Exception as error:  # noqa: BLE001  # the user's code may raise anything; it is kept, or caught

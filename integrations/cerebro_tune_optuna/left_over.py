@@ -21,8 +21,8 @@ from cerebro_tune.executor import Cerebro
 from cerebro_tune.journal import NAME as JOURNAL
 from cerebro_tune_optuna import versions
 
-PROCESS = "process"
-"""The user attribute that says who trains a trial."""
+PROCESS, FOLDER, PRUNED = "process", "folder", "pruned"
+"""The user attributes that say who trains a trial, where its checkpoints lie, and, by that, that it was pruned."""
 _SAME_START_S = 0.01
 """Systems count in hundredths of a second."""
 
@@ -51,8 +51,13 @@ def find(study: optuna.Study, executor: Cerebro) -> list[FrozenTrial]:
 
 def run_of(trial: FrozenTrial) -> tuple[Path | None, str]:
     """The folder of the run that trained it, if that has a journal, and its id there."""
-    place = Path(trial.user_attrs.get("folder", ""))
+    place = Path(trial.user_attrs.get(FOLDER, ""))
     return (place.parent if (place.parent / JOURNAL).exists() else None), place.name
+
+
+def was_pruned(trial: FrozenTrial) -> bool:
+    """Whether a pruner had ended it; what a trial that is tried again has inherited is of another folder."""
+    return PRUNED in trial.user_attrs and trial.user_attrs[PRUNED] == trial.user_attrs.get(FOLDER)
 
 
 def tell(study: optuna.Study, trial: FrozenTrial, why: str = "") -> None:

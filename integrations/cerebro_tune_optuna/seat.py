@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -51,17 +52,17 @@ class TrialSeat(Seat):
         self.metric = self.metrics[0] if len(self.metrics) == 1 else None
         self.mode = mode_of(trial.study)
         self.pruned = False
-        """Whether its pruner has ended the trial."""
+        """Whether its pruner has ended the trial, in this process or in one that was killed then."""
         self.reported = 0
         """The last step that Optuna has of it from a process that was killed."""
-        self._began_s, self._seated = monotonic(), False
+        self._began_s, self._folder = monotonic(), ""
         trial.set_user_attr(left_over.PROCESS, left_over.this_process(executor))
 
     def sit(self, trial_id: str) -> None:
         """Note, once, which trial of which run this is, by the folder of its checkpoints."""
-        if not self._seated and self.executor.current is not None:
-            self._seated = True
-            self.trial.set_user_attr("folder", str(self.executor.current.settings.run_dir / trial_id))
+        if not self._folder and self.executor.current is not None:
+            self._folder = str(self.executor.current.settings.run_dir / trial_id)
+            self.trial.set_user_attr(left_over.FOLDER, self._folder)
 
     def decide(self, trial_id: str, report: Report) -> Decision:
         """Hand a report to the trial, and its pruner's answer back."""
@@ -69,7 +70,9 @@ class TrialSeat(Seat):
         if not self._report(report):
             return Decision.STOP
         habits.check(self.trial, self.executor)
-        self.pruned = self.metric in report and self._should_prune()
+        if not self.pruned and self.metric in report and self._should_prune():
+            self.pruned = True
+            self._note({left_over.PRUNED: self._folder})  # the study is told when its checkpoints are written
         return Decision.STOP if self.pruned else Decision.CONTINUE
 
     def _should_prune(self) -> bool:
@@ -98,7 +101,7 @@ class TrialSeat(Seat):
         """
         spent = result.seconds
         waited = max(0.0, monotonic() - self._began_s - sum(spent.values()))
-        noted = {
+        self._note({
             "trial_id": result.trial_id,
             "units": len(result.visits),
             "epochs": result.last_metrics.get("epoch", 0.0),
@@ -109,12 +112,12 @@ class TrialSeat(Seat):
                 "waiting": waited,
             },
             "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
-        }
-        try:
-            for key, value in noted.items():
+        })  # fmt: skip
+
+    def _note(self, attributes: Mapping[str, Any]) -> None:
+        with suppress(UpdateFinishedTrialError):  # somebody else has told the trial's end
+            for key, value in attributes.items():
                 self.trial.set_user_attr(key, value)
-        except UpdateFinishedTrialError:
-            return
 
     def outcome(self, result: TrialResult, value: str) -> Outcome:
         """What to tell of a trial that has ended thus; `value` says whether its best or its last report counts."""

@@ -54,7 +54,7 @@ class Teller:
 
     def cut_short(self, seat: TrialSeat, reason: str) -> None:
         """The trial will not end, since the search does: none of ours is left RUNNING. No callback hears of it."""
-        self._tell(seat, Outcome(TrialState.FAIL, reason=reason))
+        self._tell(seat, Outcome(TrialState.PRUNED) if seat.pruned else Outcome(TrialState.FAIL, reason=reason))
 
     def tell(self, seat: TrialSeat, outcome: Outcome) -> None:
         """Tell the study, then the callbacks."""

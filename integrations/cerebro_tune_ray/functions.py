@@ -11,10 +11,12 @@ trial, so that what it seeds and draws is what a process of its own would.
 from __future__ import annotations
 
 import itertools
+import shutil
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -25,7 +27,7 @@ from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
 from ray.tune.result import RESULT_DUPLICATE, SHOULD_CHECKPOINT
 
-from cerebro_tune.errors import CerebroError, NotTrainableError
+from cerebro_tune.errors import NotTrainableError
 from cerebro_tune.results import TrialResult
 from cerebro_tune.seat import Seat, seated
 from cerebro_tune.seeding import OwnStreams
@@ -164,8 +166,7 @@ class FunctionRiders(Riders):
     # What Ray orders.
 
     def stop(self, trial: Trial) -> None:  # noqa: D102
-        self._calls.pop(trial.trial_id, None)
-        self._saved.pop(trial.trial_id, None)
+        self._leave(trial)
         super().stop(trial)
 
     def snapshot(self, trial: Trial) -> Snapshot | None:  # noqa: D102
@@ -215,15 +216,17 @@ class FunctionRiders(Riders):
             begin = call.begin
             if begin is None or begin.fit != call.fits + 1:
                 hop = self.run.add(config, index=rider.index)
-            elif begin.hop is not None:
-                hop = self.run.clone(begin.hop, config, rider.index)
             else:
-                hop = self._bring_back(begin.noted, config)
-                self.run.resume(hop)
-        except CerebroError as error:
+                if begin.hop is None:
+                    given = begin.noted.trained_under or dict(call.trial.config)
+                    begin.hold(self._bring_back(begin.noted, {**config, "given": given}), self._let_go)
+                assert begin.hop is not None, "held"
+                hop, call.begin = self.run.clone(begin.hop, config, rider.index), None
+        except Exception as error:  # noqa: BLE001  # the function waits for an answer, whatever it is
             reply.set_exception(error)
             return
         call.fits = rider.fit = call.fits + 1
+        rider.config = dict(call.trial.config)
         self._fits[hop] = reply, take_state
         self._replace(rider, hop)
 
@@ -289,14 +292,15 @@ class FunctionRiders(Riders):
         """Call the function, or let the call that waits go on; to go on from another state it is called anew."""
         trial = rider.trial
         if snapshot is not None:
-            self.stop(trial)
+            self._leave(trial)
+            self._stand_at(rider, snapshot)
         if trial.trial_id in self._calls:
             if rider.waiting is None and rider.hop is not None:
                 self._order(rider.hop, Decision.CONTINUE)
             return
         begin = snapshot or self._good.pop(trial.trial_id, None)
         if begin is None and rider.back is not None:
-            begin, rider.back = Snapshot.of(rider.back), None
+            begin, rider.back = self.snapshot_of(rider.back), None
         if rider.index is None:
             rider.index = self.next_index()
         call = Call(self, trial, rider.index, begin)
@@ -321,9 +325,27 @@ class FunctionRiders(Riders):
             self._order(before, Decision.STOP)
         super()._replace(rider, hop)
 
+    def _leave(self, trial: Trial) -> None:
+        """End the call of the trial."""
+        self._calls.pop(trial.trial_id, None)
+        self._saved.pop(trial.trial_id, None)
+        if rider := self._riders.get(trial.trial_id):
+            self._replace(rider, None)
+
     def _stand(self, rider: Rider, config: Config) -> None:
         if self._in_fit(rider.trial):
             super()._stand(rider, config)
+
+    def _stand_at(self, rider: Rider, snapshot: Snapshot) -> None:
+        """Note that the trial goes on from there, before its function asks for a fit."""
+        if snapshot.hop is not None:
+            self._write_state(rider, snapshot.hop, snapshot.config, snapshot.fit)
+        elif self.record is not None:  # of a run that is over, whose state is on disk
+            noted, path = snapshot.noted, self.record.new_file(rider.trial.trial_id)
+            self.record.patiently(partial(shutil.copyfile, self.record.folder / noted.file, path))
+            assert rider.index is not None, "it was started before"
+            own = {"trial": rider.trial.trial_id, "file": path.name, "index": rider.index}
+            self._note(rider, replace(noted, **own))
 
     def _result(self, rider: Rider, report: Mapping[str, Any]) -> Result:
         renamed = self._calls[rider.trial.trial_id].renamed

@@ -66,8 +66,8 @@ class Riders:
         """
         rider = self._riders.setdefault(trial.trial_id, Rider(trial))
         rider.parked = False
-        if snapshot is not None:
-            rider.iteration, rider.time_s = snapshot.iteration, snapshot.time_s
+        if snapshot is not None:  # where it stood in a run that is over counts no more
+            rider.iteration, rider.time_s, rider.back = snapshot.iteration, snapshot.time_s, None
         self._set_out(rider, snapshot)
 
     def hear(self, trial: Trial) -> None:
@@ -245,7 +245,7 @@ class Riders:
             self._replace(rider, self.run.clone(self._hop_of(snapshot, rider), self._given(rider, config), rider.index))
             self._stand(rider, snapshot.config or config)
         elif rider.back is not None:
-            rider.config = rider.back.config or config
+            rider.config = rider.back.trained_under or config
             self._replace(rider, self._bring_back(rider.back, self._given(rider, rider.config)))
             rider.back = None
             self._set_out(rider, None)
@@ -262,7 +262,7 @@ class Riders:
     def _hop_of(self, snapshot: Snapshot, rider: Rider) -> str:
         """The trial of the run that a snapshot holds; one of a run that is over is brought back."""
         if snapshot.hop is None:
-            given = self._given(rider, snapshot.noted.config or dict(rider.trial.config))
+            given = self._given(rider, snapshot.noted.trained_under or dict(rider.trial.config))
             snapshot.hold(self._bring_back(snapshot.noted, given), self._let_go)
         assert snapshot.hop is not None, "held"
         return snapshot.hop
@@ -283,17 +283,26 @@ class Riders:
 
         `config` is what it was trained under.
         """
-        if self.record is None or rider.hop is None or not self.run.units_left(rider.hop):
+        if rider.hop is not None:
+            self._write_state(rider, rider.hop, config, rider.fit)
+
+    def _write_state(self, rider: Rider, hop: str, config: Config | None, fit: int) -> None:
+        if self.record is None or not self.run.units_left(hop):
             return
         path, trial = self.record.new_file(rider.trial.trial_id), rider.trial.trial_id
-        units, visited = self.run.progress(rider.hop)
-        digest = self.record.patiently(partial(self.run.save, rider.hop, path))
+        units, visited = self.run.progress(hop)
+        digest = self.record.patiently(partial(self.run.save, hop, path))
         assert rider.index is not None, "it runs"
         place = units, visited, rider.iteration, rider.time_s, rider.index
-        self.record.stand(Standing(trial, path.name, digest, *place, plain_config(config), rider.fit))
+        noted = None if config is None else plain_config(config)
+        self._note(rider, Standing(trial, path.name, digest, *place, noted, fit))
+
+    def _note(self, rider: Rider, standing: Standing) -> None:
+        assert self.record is not None, "the state is there"
+        self.record.stand(standing)
         if rider.file is not None:
             self._spend(rider.file)
-        rider.file = path.name
+        rider.file = standing.file
 
     def snapshot_of(self, standing: Standing) -> Snapshot:
         """Where a trial stood in a run that is over, for as long as somebody refers to it."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
+from cerebro_tune.configtext import config_of
 from cerebro_tune.journal import Row
 from cerebro_tune.recovery import understood
 
@@ -69,6 +70,11 @@ class Standing:
     index: int
     config: dict[str, Any] | None
     fit: int = 0
+
+    @property
+    def trained_under(self) -> dict[str, Any] | None:
+        """The config that the state was trained under; None where the rows cannot say."""
+        return None if self.config is None else config_of(self.config)
 
 
 def file_name(trial: str, number: int) -> str:

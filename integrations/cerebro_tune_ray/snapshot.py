@@ -39,7 +39,7 @@ class Snapshot(Checkpoint):
     @classmethod
     def of(cls, standing: Standing) -> Snapshot:
         """Where a trial stood in a run that is over."""
-        snapshot = cls(standing.iteration, standing.time_s, standing.file, standing.config, standing.fit)
+        snapshot = cls(standing.iteration, standing.time_s, standing.file, standing.trained_under, standing.fit)
         snapshot.standing = standing
         return snapshot
 
