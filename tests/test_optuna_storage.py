@@ -21,7 +21,7 @@ from cerebro_tune import Cerebro
 from cerebro_tune.reading import RunReading
 from cerebro_tune_optuna import optimize, pruners
 from nets import Linear
-from optuna_studies import COMPLETE, FAIL, PRUNED, RUNNING, a_study, linear, states
+from optuna_studies import COMPLETE, FAIL, PRUNED, RUNNING, a_study, linear, one_slow, states
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_optuna"),
@@ -35,14 +35,25 @@ import optuna
 sys.path.insert(0, {tests!r})
 from cerebro_tune import Cerebro
 from cerebro_tune.exporter import Exporter
+from cerebro_tune.journal import Journal
 from cerebro_tune_optuna import optimize, pruners
-from optuna_studies import linear
+from optuna_studies import linear, one_slow
 from test_optuna_storage import storage_of
 
 options, kind, place, n_trials, kill_after, company = json.loads(sys.argv[1])
 
 if kill_after == "export":
     Exporter.begin = lambda *arguments, **named: os.kill(os.getpid(), signal.SIGKILL)
+
+append = Journal.append
+
+def die_early(self, kind, **body):
+    append(self, kind, **body)
+    if kind == "UnitFinished" and body["event"]["unit"]["trial"] == "trial-0001":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if kill_after == "early":
+    Journal.append = die_early
 
 def maybe_die(study, trial):
     if trial.number == kill_after:
@@ -54,7 +65,8 @@ study.set_user_attr(str(os.getpid()), "is here")
 while len(study.user_attrs) < company:
     time.sleep(0.05)
 with Cerebro(**options) as cerebro:
-    optimize(study, linear, n_trials, executor=cerebro, metric="val_loss", callbacks=[maybe_die])
+    objective = one_slow if kill_after == "early" else linear
+    optimize(study, objective, n_trials, executor=cerebro, metric="val_loss", callbacks=[maybe_die])
 """
 
 
@@ -160,6 +172,22 @@ def test_a_trial_that_was_pruned_stays_so_if_the_process_dies_before_it_has_told
     assert after.state is PRUNED
     assert after.intermediate_values == pruned.intermediate_values
     assert RUNNING not in states(study)
+
+
+def test_a_result_that_waits_for_its_turn_is_of_no_use_when_its_trial_was_told_elsewhere(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    options |= {"resume": "auto", "policy": "fixed", "backend": "local"}
+    study = a_study(study_name="s", storage=storage_of("SQLite", tmp_path))
+    killed = child(options, "SQLite", tmp_path, n_trials=4, kill_after="early")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert states(study) == [RUNNING] * 4
+    study.tell(1, state=FAIL)
+    with Cerebro(**options) as cerebro:
+        optimize(study, one_slow, 1, executor=cerebro, metric="val_loss")
+    assert states(study) == [COMPLETE, FAIL, COMPLETE, COMPLETE, COMPLETE]
+    assert not study.trials[1].intermediate_values
 
 
 def test_two_processes_share_a_study(options: dict[str, Any], tmp_path: Path) -> None:
