@@ -56,7 +56,7 @@ def _tagged(value: Any) -> Any:
         return {key: _tagged(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         items = [_tagged(part) for part in value]
-        return items if isinstance(value, list) else {_TUPLE: items}
+        return {_TUPLE: items} if type(value) is tuple else items  # a named one is not given back
     return value
 
 

@@ -25,7 +25,8 @@ from cerebro_tune.journal import LOCK, NAME, Journal, read_journal
 from cerebro_tune.statefile import save
 from cerebro_tune_ray import tune
 from cerebro_tune_ray.record import Record
-from cerebro_tune_ray.rows import Standing
+from cerebro_tune_ray.restoring import reports_since
+from cerebro_tune_ray.rows import Call, Standing
 from conftest import points
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -291,6 +292,20 @@ def test_what_was_kept_of_ray_is_given_back_as_it_was_or_not_at_all(tmp_path: Pa
         assert {path.name for path in experiment.iterdir()} == {*contents_of, "cerebro"}
     assert refused > len(whole) // 2
     record.close(over=False)
+
+
+@pytest.mark.parametrize(
+    ("noted_at", "files", "since"),
+    [(2, "-ab", 1), (2, "-aab", 2), (1, "-aab", 3), (1, "-", 0), (3, "--a", 0), (2, "--a", 1), (None, "-ab", 3)],
+)
+def test_reports_are_counted_from_the_state_that_a_trial_goes_back_to(
+    noted_at: int | None, files: str, since: int
+) -> None:
+    """A state has been noted with the report of its iteration, or when the trial was started, before the next one."""
+    rows = [{"result": {"training_iteration": at}, "file": file} for at, file in enumerate(files, 1)]
+    calls = [Call(number, "result", "t", row) for number, row in enumerate(rows)]
+    noted = None if noted_at is None else Standing("t", "a", "", 1, [], noted_at, 0.0, 0, None)
+    assert reports_since(noted, SimpleNamespace(trial_id="t"), calls) == since  # type: ignore[arg-type]
 
 
 def test_an_experiment_has_one_driver(folder: Path, whole: Whole) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ from cerebro_tune_lightning import LightningTrainable
 from resumed_runs import CONFIGS, Mixed, die_at, fit, in_child, one_thread, started
 from runs import outcome, weights
 
+NAMED = namedtuple("Named", "lr")(0.1)
 KILLS = 40
 """Of coordinators with processes, in all."""
 
@@ -72,7 +74,7 @@ def test_a_config_comes_back_from_json(config: dict[str, Any]) -> None:
     assert config_of(json.loads(json.dumps(plain_config(config)))) == config
 
 
-@pytest.mark.parametrize("value", [np.float32(0.1), math.nan, object(), {"<tuple>": [1]}, {1: 2}])
+@pytest.mark.parametrize("value", [np.float32(0.1), math.nan, object(), {"<tuple>": [1]}, {1: 2}, NAMED])
 def test_a_config_that_json_would_change_is_none(value: Any) -> None:
     assert plain_config({"value": value}) is None
 

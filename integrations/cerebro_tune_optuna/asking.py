@@ -63,7 +63,7 @@ def optimize(
         show_progress_bar: Show Optuna's own.
 
     Each trial gets user attributes: trial_id, units, epochs, seconds (of training, hopping, validating, waiting),
-    checkpoint, folder, process, pruned (the folder again, if it was), and error if it failed. Trials that a killed
+    checkpoint, folder, process, pruned (the folder again, if stopped), and error if it failed. Trials that a killed
     process has left RUNNING, with the same run directory, go on first, from their last committed unit; where they
     cannot (the folder of their run is gone, the executor is another, or a PromotionPruner compared them), they are told
     FAIL with the reason. Ctrl-C ends the search, and fails the trials in flight.

@@ -61,11 +61,12 @@ def was_pruned(trial: FrozenTrial) -> bool:
 
 
 def tell(study: optuna.Study, trial: FrozenTrial, why: str = "") -> None:
-    """Tell FAIL for a trial that nobody goes on with."""
-    owner = trial.user_attrs[PROCESS]
+    """Tell FAIL for a trial that nobody goes on with, PRUNED where it was."""
+    owner, pruned = trial.user_attrs[PROCESS], was_pruned(trial)
     with suppress(UpdateFinishedTrialError):  # another process has found it, too
-        versions.note(study, trial, "error", f"process {owner['pid']}, which trained it, has been killed{why}")
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        if not pruned:
+            versions.note(study, trial, "error", f"process {owner['pid']}, which trained it, has been killed{why}")
+        study.tell(trial.number, state=TrialState.PRUNED if pruned else TrialState.FAIL, skip_if_finished=True)
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:

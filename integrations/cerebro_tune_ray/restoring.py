@@ -234,10 +234,13 @@ def reports_since(standing: Standing | None, trial: Trial, calls: list[Call]) ->
 
     They are those of a function's last unit, which leaves no state to go on from, and of the function itself.
     """
-    files = [call.told["file"] for call in calls if call.kind == "result" and call.trial == trial.trial_id]
+    heard = [call.told for call in calls if call.kind == "result" and call.trial == trial.trial_id]
     if standing is None:
-        return len(files)
-    return len(files) - files.index(standing.file) - 1 if standing.file in files else 0
+        return len(heard)
+    since = len(heard) - next((at for at, told in enumerate(heard) if told["file"] == standing.file), len(heard))
+    # A state that was noted when the trial was started is that of no report of its own.
+    is_of_first = since and heard[-since]["result"].get("training_iteration") == standing.iteration
+    return since - bool(is_of_first)
 
 
 @contextmanager

@@ -66,8 +66,10 @@ class Riders:
         """
         rider = self._riders.setdefault(trial.trial_id, Rider(trial))
         rider.parked = False
-        if snapshot is not None:  # where it stood in a run that is over counts no more
-            rider.iteration, rider.time_s, rider.back = snapshot.iteration, snapshot.time_s, None
+        if snapshot is not None and snapshot.standing is not None and snapshot.standing is rider.back:
+            snapshot = None  # its own, of a run that is over: it goes on as it was put back
+        elif snapshot is not None:  # where it stood in a run that is over counts no more
+            rider.iteration, rider.time_s, rider.back, rider.known = snapshot.iteration, snapshot.time_s, None, 0
         self._set_out(rider, snapshot)
 
     def hear(self, trial: Trial) -> None:
