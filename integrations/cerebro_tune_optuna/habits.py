@@ -39,7 +39,7 @@ def check(trial: optuna.Trial, executor: Cerebro) -> None:
         name = type(pruner).__name__
         warn_user(
             f"Optuna's {name} compares a trial with those that are complete, and these advance side by side: it prunes "
-            "none of them. Use create_study(pruner=cerebro_tune_optuna.pruners."
+            "none of them before some are. Use create_study(pruner=cerebro_tune_optuna.pruners."
             f"{_INERT[type(pruner)]}), which compares all that have reported at the same step."
         )
 
