@@ -75,5 +75,6 @@ def _number(value: Any) -> Any:
 
 
 _TUPLE = "<tuple>"
+"""The key of a tuple's items, which JSON has as a list otherwise."""
 _LONGEST = 100
 """Of what is told item by item."""

@@ -700,8 +700,7 @@ class Run:
         unended = self.unended
         for page in self._book:
             trial = page.trial.id
-            here = trial in unended and self._is_where_it_was and self._store.holds(trial)
-            if here and self._exporter.due(page):
+            if trial in unended and self._store.holds(trial) and self._is_where_it_was and self._exporter.due(page):
                 self._exporter.write(page, self._store.mapped(trial))
 
     def close(self) -> None:

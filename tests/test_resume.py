@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import pickle
 import random
@@ -11,7 +9,6 @@ import shutil
 import signal
 import threading
 import time
-from collections import namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +26,7 @@ import lightning_nets
 import nets
 import soak
 from cerebro_tune import Cerebro, Decision
-from cerebro_tune.configtext import config_of, config_text, plain_config
+from cerebro_tune.configtext import config_text
 from cerebro_tune.errors import ConfigurationError, NotPicklableError, RunBusyError
 from cerebro_tune.journal import Journal, read_journal
 from cerebro_tune.reading import RunReading
@@ -40,7 +37,6 @@ from cerebro_tune_lightning import LightningTrainable
 from resumed_runs import CONFIGS, Mixed, die_at, fit, in_child, one_thread, started
 from runs import outcome, weights
 
-NAMED = namedtuple("Named", "lr")(0.1)
 KILLS = 40
 """Of coordinators with processes, in all."""
 
@@ -65,18 +61,6 @@ def units_once(folder: Path) -> None:
     rows = [row.body["event"]["unit"] for row in journal_of(folder) if row.kind in ("UnitFinished", "UnitFailed")]
     seen = [(unit["trial"], unit["epoch"], unit["shard"]) for unit in rows]
     assert len(seen) == len(set(seen))
-
-
-@pytest.mark.parametrize(
-    "config", [{"betas": (0.9, 0.99)}, {"a": [(1,), {"b": ()}], "n": np.int64(3), "on": np.True_}, {"<tuple>": 1}]
-)
-def test_a_config_comes_back_from_json(config: dict[str, Any]) -> None:
-    assert config_of(json.loads(json.dumps(plain_config(config)))) == config
-
-
-@pytest.mark.parametrize("value", [np.float32(0.1), math.nan, object(), {"<tuple>": [1]}, {1: 2}, NAMED])
-def test_a_config_that_json_would_change_is_none(value: Any) -> None:
-    assert plain_config({"value": value}) is None
 
 
 def test_a_death_at_every_row_of_the_journal(sets: Path, undisturbed: Any) -> None:

@@ -217,11 +217,8 @@ class FunctionRiders(Riders):
             if begin is None or begin.fit != call.fits + 1:
                 hop = self.run.add(config, index=rider.index)
             else:
-                if begin.hop is None:
-                    given = begin.noted.trained_under or dict(call.trial.config)
-                    begin.hold(self._bring_back(begin.noted, {**config, "given": given}), self._let_go)
-                assert begin.hop is not None, "held"
-                hop, call.begin = self.run.clone(begin.hop, config, rider.index), None
+                source = self._hop_of(begin, dict(call.trial.config), lambda given: {**config, "given": given})
+                hop, call.begin = self.run.clone(source, config, rider.index), None
         except Exception as error:  # noqa: BLE001  # the function waits for an answer, whatever it is
             reply.set_exception(error)
             return

@@ -100,7 +100,7 @@ class Riders:
         if rider := self._riders.get(trial.trial_id):
             self._replace(rider, None)
             if rider.file is not None and trial.status != Trial.ERROR:  # a trial that failed may be tried again from it
-                self._spend(rider.file)
+                self._spent.append(rider.file)
                 rider.file = None
                 self._settle_record()
 
@@ -167,7 +167,7 @@ class Riders:
                 self.run.stop(hop)
             if file is not None:
                 self._kept[file] -= 1
-                self._spend(file)
+                self._spent.append(file)
 
     def end_search(self) -> None:
         """No more trials will come, so that those there are are trained in the order that ends soonest."""
@@ -244,7 +244,8 @@ class Riders:
         """Have the trial's next unit run, if it is not to be heard before."""
         config = dict(rider.trial.config)
         if snapshot is not None:
-            self._replace(rider, self.run.clone(self._hop_of(snapshot, rider), self._given(rider, config), rider.index))
+            source = self._hop_of(snapshot, config, partial(self._given, rider))
+            self._replace(rider, self.run.clone(source, self._given(rider, config), rider.index))
             self._stand(rider, snapshot.config or config)
         elif rider.back is not None:
             rider.config = rider.back.trained_under or config
@@ -261,11 +262,10 @@ class Riders:
             self._order(rider.hop, Decision.CONTINUE)
         rider.config = config
 
-    def _hop_of(self, snapshot: Snapshot, rider: Rider) -> str:
-        """The trial of the run that a snapshot holds; one of a run that is over is brought back."""
+    def _hop_of(self, snapshot: Snapshot, config: Config, given: Callable[[Config], Config]) -> str:
+        """The run's trial that a snapshot holds, brought back under its config, or else `config`, as it is `given`."""
         if snapshot.hop is None:
-            given = self._given(rider, snapshot.noted.trained_under or dict(rider.trial.config))
-            snapshot.hold(self._bring_back(snapshot.noted, given), self._let_go)
+            snapshot.hold(self._bring_back(snapshot.noted, given(snapshot.config or config)), self._let_go)
         assert snapshot.hop is not None, "held"
         return snapshot.hop
 
@@ -292,18 +292,16 @@ class Riders:
         if self.record is None or not self.run.units_left(hop):
             return
         path, trial = self.record.new_file(rider.trial.trial_id), rider.trial.trial_id
-        units, visited = self.run.progress(hop)
         digest = self.record.patiently(partial(self.run.save, hop, path))
         assert rider.index is not None, "it runs"
-        place = units, visited, rider.iteration, rider.time_s, rider.index
-        noted = None if config is None else plain_config(config)
-        self._note(rider, Standing(trial, path.name, digest, *place, noted, fit))
+        place = *self.run.progress(hop), rider.iteration, rider.time_s, rider.index
+        self._note(rider, Standing(trial, path.name, digest, *place, plain_config(config or {}), fit))
 
     def _note(self, rider: Rider, standing: Standing) -> None:
         assert self.record is not None, "the state is there"
         self.record.stand(standing)
         if rider.file is not None:
-            self._spend(rider.file)
+            self._spent.append(rider.file)
         rider.file = standing.file
 
     def snapshot_of(self, standing: Standing) -> Snapshot:
@@ -315,9 +313,6 @@ class Riders:
         """Let go of those of these files that nobody may go back to."""
         self._spent += files
         self._settle_record()
-
-    def _spend(self, file: str) -> None:
-        self._spent.append(file)
 
     def _settle_record(self) -> None:
         """What is to be noted is noted: files that came before are needed no more.
